@@ -1,0 +1,147 @@
+"""Checkpoint folders: `config.json`, `spec.json`, `model.safetensors`, `README.md` (model card). Nothing is unpickled.
+
+One pair of functions serves every trained part. `config.json` records what the folder is (`part`, `kind`), the resolved
+config and provenance; loading checks them before any tensor is read. Every file is written to a temporary name, flushed
+and renamed, so a full disk or a kill leaves the previous checkpoint whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from worldline.errors import CheckpointError
+
+T = TypeVar("T")
+FORMAT = 1
+
+
+def to_json(value: Any) -> Any:
+    """A (nested) dataclass, mapping or tuple as plain JSON types."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def from_json(cls: type[T], data: Any, *, source: str) -> T:
+    """The dataclass `cls` from plain JSON types, every field checked. Raises `CheckpointError` naming `source`."""
+    try:
+        return TypeAdapter(cls).validate_python(_tuples(data))
+    except ValidationError as error:
+        raise CheckpointError(f"{source}: not a valid {cls.__name__}: {error}") from error
+
+
+def _tuples(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(_tuples(item) for item in data)
+    if isinstance(data, dict):
+        return {key: _tuples(item) for key, item in data.items()}
+    return data
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write beside `path`, flush to disk, rename over it: readers see the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror}); nothing was changed there. "
+            "Free space or choose another --out, then run the same command again: it resumes."
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_atomic(path, json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: required, but there is no such file. Is {path.parent} a worldline folder?")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}). The file is damaged; restore or remake it."
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomic(
+        path, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: required, but there is no such file. Did the training finish a checkpoint?")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}). Restore it or train again."
+        ) from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor], config: Any = None) -> str:
+    """Sixteen hex digits that change when any weight, name or config value changes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def save_part(
+    folder: str | Path,
+    *,
+    part: str,
+    kind: str,
+    config: Any,
+    spec: Any,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write one trained part (`part` is 'tokenizer', 'world-model', 'policy' or 'scorer'; `kind` its class)."""
+    folder = Path(folder)
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "spec.json", to_json(spec))
+    write_json(
+        folder / "config.json",
+        {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": dict(provenance)},
+    )
+    write_atomic(folder / "README.md", _card(part, kind, provenance))
+
+
+def load_config(folder: str | Path, *, part: str) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder, checked to be a `part`. Raises `CheckpointError`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{part} required: no folder {folder}. Train one with `worldline train {part}` or correct the path."
+        )
+    data = read_json(folder / "config.json")
+    if data.get("part") != part:
+        raise CheckpointError(
+            f"{folder}: a {part} is required here, this is a {data.get('part', 'folder of something else')}."
+        )
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {FORMAT} required, got {data.get('format')}.")
+    return data
+
+
+def _card(part: str, kind: str, provenance: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"- {key}: {value}" for key, value in provenance.items())
+    return f"---\nlibrary_name: worldline\ntags: [robotics, world-model]\n---\n# worldline {part} ({kind})\n\n{rows}\n\nInspect with `worldline show <this folder>`.\n"

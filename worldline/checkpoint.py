@@ -8,10 +8,13 @@ and renamed, so a full disk or a kill leaves the previous checkpoint whole.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
+import huggingface_hub.errors
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +24,7 @@ from worldline.errors import CheckpointError
 
 T = TypeVar("T")
 FORMAT = 1
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def to_json(value: Any) -> Any:
@@ -123,6 +127,43 @@ def save_part(
         {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": dict(provenance)},
     )
     write_atomic(folder / "README.md", _card(part, kind, provenance))
+
+
+def load_tensors(module: torch.nn.Module, folder: str | Path) -> None:
+    """Strictly load `model.safetensors` into `module`. Raises `CheckpointError` naming what is missing or of another shape."""
+    tensors = read_tensors(Path(folder) / "model.safetensors")
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in tensors]
+    wrong += [f"not expected {name}" for name in tensors if name not in own]
+    wrong += [
+        f"{name}: required {tuple(own[name].shape)}, got {tuple(tensors[name].shape)}"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(wrong[:10]))
+    module.load_state_dict(tensors)
+
+
+def resolve(folder: str | Path) -> Path:
+    """A local checkpoint folder; a name like `user/model` that is no folder here is fetched from the Hugging Face Hub."""
+    path = Path(folder)
+    if path.exists() or not _HUB_NAME.fullmatch(str(folder)) or path.parent.exists():
+        return path
+    try:
+        return Path(huggingface_hub.snapshot_download(str(folder)))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: no such folder, and it could not be fetched from the Hugging Face Hub ({type(error).__name__})."
+        ) from error
+
+
+def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a checkpoint folder (without its training state) and return its address."""
+    huggingface_hub.create_repo(repo, private=private, exist_ok=True)
+    return str(
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["training/*", "events.*"])
+    )
 
 
 def load_config(folder: str | Path, *, part: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ noise levels are floats in [0, 1], 0 = clean data, 1 = pure noise. *Absent* is n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -156,8 +156,8 @@ class Episode:
     """One recorded or imagined episode in physical units. `frames` may be empty (low-dimensional data)."""
 
     frames: Mapping[str, FrameSequence]  # camera -> lazily decoded uint8 frames
-    actions: Float[Tensor, "t-1 k a"]
     poses: Float[Tensor, "t p"]
+    actions: Float[Tensor, "t-1 k a"]
     states: Float[Tensor, "t s"]  # simulator or low-dimensional state; s may be 0
     rewards: Float[Tensor, " t-1"] | None  # None: never measured
     frame_success: Bool[Tensor, " t"] | None  # success held at any control step since the previous frame; None: unknown
@@ -208,10 +208,10 @@ class Imagination:
 class Trace:
     """A stochastic sampling path, kept so that its exact log-probability can be recomputed with gradients."""
 
+    std: Float[Tensor, " s"]
+    mean: Float[Tensor, "s n *x"]
     x: Float[Tensor, "s+1 n *x"]  # x[0] is the initial noise, x[-1] the sample
     level: Float[Tensor, " s+1"]
-    mean: Float[Tensor, "s n *x"]
-    std: Float[Tensor, " s"]
     context: Any
 
 
@@ -226,20 +226,22 @@ class Score:
 # --- What the stages promise ------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class RowState(Protocol):
     """Opaque recurrent state of n rows. Never shared storage between two live states."""
 
     def __len__(self) -> int: ...
 
-    def index(self, rows: Int[Tensor, " r"]) -> Self:
+    def index(self, rows: Int[Tensor, " r"]) -> "RowState":
         """Fork: the rows named, in that order, repeats allowed."""
         ...
 
-    def where(self, mask: Bool[Tensor, " n"], other: Self) -> Self:
+    def where(self, mask: Bool[Tensor, " n"], other: Any) -> "RowState":
         """Row i of `other` where mask[i], of self elsewhere: reset by row."""
         ...
 
 
+@runtime_checkable
 class VideoTokenizer(Protocol):
     """Frames to raw latents and back. The latent cache stores raw latents under `latent_spec.fingerprint`."""
 
@@ -255,6 +257,7 @@ class VideoTokenizer(Protocol):
     ) -> Mapping[str, UInt8[Tensor, "b t c _h _w"]]: ...
 
 
+@runtime_checkable
 class WorldModel(Protocol):
     """Imagines the frames that actions lead to. Noise is a function of (row seed, frame, solver step) alone."""
 
@@ -272,6 +275,7 @@ class WorldModel(Protocol):
         ...
 
 
+@runtime_checkable
 class TracedWorldModel(WorldModel, Protocol):
     """A world model that reinforcement learning can train: stochastic paths with exact log-probabilities."""
 
@@ -280,6 +284,7 @@ class TracedWorldModel(WorldModel, Protocol):
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]: ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Observation to a chunk of m actions at control rate, physical units. State is explicit, reset by `where`."""
 
@@ -297,18 +302,21 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class StochasticPolicy(Policy, Protocol):
     def log_prob(
         self, observation: Observation, state: Any, actions: Float[Tensor, "n m a"]
     ) -> Float[Tensor, " n"]: ...
 
 
+@runtime_checkable
 class ScorePolicy(Policy, Protocol):
     def score(self, observation: Observation, state: Any, actions: Float[Tensor, "n m a"]) -> Float[Tensor, "n m a"]:
         """Gradient of log-density with respect to `actions`."""
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Reward and success probability, frame by frame. `window` frames are looked at; `name` goes into provenance."""
 
@@ -325,6 +333,7 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
 class ActionMap(Protocol):
     """Joins a policy that emits one kind of action to a world that takes another."""
 
@@ -336,6 +345,7 @@ class ActionMap(Protocol):
     def __call__(self, actions: Float[Tensor, "n m a"], observation: Observation) -> Float[Tensor, "n m2 a2"]: ...
 
 
+@runtime_checkable
 class TrajectoryModel(Protocol):
     """Whole trajectories at once; neither observes nor imagines."""
 

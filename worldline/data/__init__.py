@@ -1,0 +1,26 @@
+"""LeRobot datasets in and out, clips, normalisation, the latent cache and dataset inspection."""
+
+from worldline.data.clips import ClipSampler, action_blocks, collate, draw, strided
+from worldline.data.latents import LatentCache
+from worldline.data.lerobot_read import LeRobotDataset, Problem
+from worldline.data.lerobot_write import DatasetWriter, write_dataset
+from worldline.data.normalization import NormalizerSet, RobustNormalizer
+from worldline.data.store import FrameStore
+from worldline.data.video import VideoFrames
+
+__all__ = [
+    "ClipSampler",
+    "DatasetWriter",
+    "FrameStore",
+    "LatentCache",
+    "LeRobotDataset",
+    "NormalizerSet",
+    "Problem",
+    "RobustNormalizer",
+    "VideoFrames",
+    "action_blocks",
+    "collate",
+    "draw",
+    "strided",
+    "write_dataset",
+]

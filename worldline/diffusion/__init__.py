@@ -1,0 +1,33 @@
+"""Diffusion mathematics as pure functions of tensors: no modules, no config objects, no devices."""
+
+from worldline.diffusion.levels import LevelDistribution, solver_levels
+from worldline.diffusion.noise import row_noise
+from worldline.diffusion.paths import (
+    Coefficients,
+    Path,
+    add_noise,
+    clean_from_velocity,
+    cosine_path,
+    expand,
+    linear_path,
+    noise_from_clean,
+    velocity_from_clean,
+)
+from worldline.diffusion.samplers import sample_euler, sample_heun
+
+__all__ = [
+    "Coefficients",
+    "LevelDistribution",
+    "Path",
+    "add_noise",
+    "clean_from_velocity",
+    "cosine_path",
+    "expand",
+    "linear_path",
+    "noise_from_clean",
+    "row_noise",
+    "sample_euler",
+    "sample_heun",
+    "solver_levels",
+    "velocity_from_clean",
+]

@@ -1,0 +1,57 @@
+"""The stated blend of recording policies: shares, determinism, and that it fails often and in several ways."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from worldline.errors import SimulatorError
+from worldline.sim import episode_seed, make_world
+from worldline.sim.behaviours import BLENDS, CAUSES, behaviour, episode_cause
+
+
+def test_twenty_episodes_hold_the_stated_shares() -> None:
+    for policy, shares in BLENDS.items():
+        assert sum(shares.values()) == 20
+        for first in (0, 20, 40):
+            assert Counter(episode_cause(policy, 7, i) for i in range(first, first + 20)) == Counter(shares)
+    orders = {tuple(episode_cause("mixed", seed, i) for i in range(20)) for seed in range(5)}
+    assert len(orders) == 5
+    assert episode_cause("expert", 0, 3) == "expert"
+    with pytest.raises(SimulatorError, match="mixed"):
+        episode_cause("mixd", 0, 0)
+
+
+def test_episode_seeds_are_disjoint_streams() -> None:
+    drawn = [episode_seed(seed, index) for seed in range(5) for index in range(500)]
+    assert len(set(drawn)) == len(drawn) and max(drawn) < 2**48
+    assert episode_seed(3, 4) == episode_seed(3, 4) != episode_seed(4, 3)
+
+
+def test_mixed_fails_in_two_of_five_episodes_and_in_four_ways() -> None:
+    task = "drawer-open-v3"
+    world = make_world(f"metaworld/{task}", cameras=())
+    rehearsal = make_world(f"metaworld/{task}", cameras=())
+    outcome: dict[str, list[bool]] = {}
+    for index in range(30):
+        seed, cause = episode_seed(0, index), episode_cause("mixed", 0, index)
+        act = behaviour(cause, task, seed=seed, horizon=160, rehearsal=rehearsal)
+        world.reset(seed)
+        outcome.setdefault(cause, []).append(any([world.drive(act).success for _ in range(40)]))
+    results = [success for cause in outcome for success in outcome[cause]]
+    assert 0.4 <= 1 - np.mean(results) <= 0.85
+    assert sum(not all(successes) for successes in outcome.values()) >= 4
+    assert all(outcome["expert"])
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_behaviour_is_a_function_of_its_seed(cause: str) -> None:
+    world = make_world("metaworld/reach-v3", cameras=(), horizon=160)
+    rehearsal = make_world("metaworld/reach-v3", cameras=(), horizon=160)
+
+    def actions(seed: int) -> np.ndarray:
+        act = behaviour(cause, "reach-v3", seed=seed, horizon=160, rehearsal=rehearsal)
+        world.reset(seed)
+        return np.concatenate([world.drive(act).consumed for _ in range(10)])
+
+    assert np.array_equal(actions(1), actions(1))

@@ -1,0 +1,54 @@
+"""The Gymnasium adapter, on a point that moves along a line."""
+
+import pytest
+import torch
+
+from tests.sim.toys import POINT
+from worldline.errors import SimulatorError
+from worldline.sim import SimulatedWorld, make_world
+from worldline.sim.gym import GymWorld
+
+
+def test_consumed_actions_spec_and_pictures() -> None:
+    world = make_world(f"gym/{POINT}", size=16, horizon=40, control_steps=2)
+    assert isinstance(world, SimulatedWorld)
+    assert world.spec.fps == 5.0 and world.spec.action.low == (-0.5,) and world.spec.action.embodiment == POINT
+    first = world.reset(3)
+    assert first.images["rgb"].shape == (3, 16, 16)
+    step = world.step(torch.tensor([[-9.0], [0.1]]))
+    assert torch.allclose(step.consumed, torch.tensor([[-0.5], [0.1]]))
+    assert torch.allclose(step.frame.state, first.state - 0.4) and step.reward == 2.0 and step.success is False
+    assert int(step.frame.images["rgb"][0, 0, 0]) < int(first.images["rgb"][0, 0, 0])
+    assert torch.equal(world.reset(3).state, first.state) and not torch.equal(world.reset(4).state, first.state)
+
+
+def test_an_end_inside_a_block() -> None:
+    world = make_world(f"gym/{POINT}", cameras=(), control_steps=8)
+    world.reset(0)
+    step = world.step(torch.cat([torch.full((4, 1), 0.4), torch.full((4, 1), -0.3)]))
+    assert step.terminated and step.success and not step.truncated
+    assert step.sent < 8 and step.reward == step.sent
+    assert torch.allclose(step.consumed[step.sent :], step.consumed[step.sent - 1].expand(8 - step.sent, 1))
+    with pytest.raises(SimulatorError, match="reset"):
+        world.step(torch.zeros(8, 1))
+
+
+def test_the_horizon_truncates() -> None:
+    world = make_world(f"gym/{POINT}", cameras=(), horizon=8, control_steps=4)
+    world.reset(0)
+    assert [world.step(torch.zeros(4, 1)).truncated for _ in range(2)] == [False, True]
+
+
+def test_unknown_success_is_none() -> None:
+    world = GymWorld("MountainCarContinuous-v0", cameras=(), rate_hz=20.0)
+    world.reset(0)
+    assert world.step(torch.zeros(4, 1)).success is None
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(SimulatorError, match="Box actions required"):
+        make_world("gym/CartPole-v1", cameras=())
+    with pytest.raises(SimulatorError, match="CartPole-v1"):
+        make_world("gym/CartPoel-v1", cameras=())
+    with pytest.raises(SimulatorError, match="cameras: rgb"):
+        make_world(f"gym/{POINT}", cameras=("corner2",))

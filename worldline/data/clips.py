@@ -1,0 +1,147 @@
+"""Windows of episodes as training clips, and the one function that pairs frames with action blocks.
+
+With stride s a clip holds frames i, i+s, i+2s, ... and each of its blocks joins the s recorded blocks between two of
+them, in order::
+
+    recorded frames   i     i+1    i+2    i+3    i+4
+    recorded blocks     |a_i |a_i+1 |a_i+2 |a_i+3 |
+    stride 2          i            i+2           i+4      block 0 = (a_i, a_i+1), block 1 = (a_i+2, a_i+3)
+
+What is drawn at a training step is a function of (seed, step) alone, so a run resumes exactly from its step number.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldline.data.lerobot_read import LeRobotDataset
+from worldline.data.store import FrameStore
+from worldline.errors import DatasetError
+from worldline.types import Clip, Episode, WorldSpec
+
+log = logging.getLogger(__name__)
+
+
+def strided(spec: WorldSpec, stride: int) -> WorldSpec:
+    """The spec of frames `stride` apart: fewer frames a second, longer action blocks, the same control rate."""
+    if stride < 1:
+        raise DatasetError(f"a stride of at least 1 required, got {stride}.")
+    return replace(spec, fps=spec.fps / stride, control_steps=spec.control_steps * stride)
+
+
+def action_blocks(
+    row_actions: Float[Tensor, "rows k_row a"], stride: int, start: int, frames: int
+) -> Float[Tensor, "{frames-1} k a"]:
+    """Blocks between frames start, start+stride, ... (`frames` of them), k = stride * k_row.
+
+    `row_actions[i]` takes frame i to frame i+1. Raises `DatasetError` if the rows do not reach that far.
+    """
+    span = (frames - 1) * stride
+    if start < 0 or frames < 1 or start + span > len(row_actions):
+        raise DatasetError(
+            f"{frames} frames from frame {start} at stride {stride} need {start + span} action blocks, got "
+            f"{len(row_actions)}. Use fewer frames or a smaller stride."
+        )
+    rows, (k, a) = row_actions[start : start + span], row_actions.shape[1:]
+    return rows.reshape(frames - 1, stride * k, a)
+
+
+def draw(count: int, seed: int, step: int, batch_size: int) -> list[int]:
+    """Indices below `count` for training step `step`: consecutive pieces of one permutation after another."""
+    first = step * batch_size
+    return [int(_permutation(count, seed, i // count)[i % count]) for i in range(first, first + batch_size)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & 0x7FFF_FFFF_FFFF_FFFF)
+    return torch.randperm(count, generator=generator)
+
+
+def windows(lengths: Sequence[int], span: int) -> list[tuple[int, int]]:
+    """(position in `lengths`, start) of every window of `span` frames."""
+    return [(i, start) for i, length in enumerate(lengths) for start in range(length - span + 1)]
+
+
+def collate(clips: Sequence[Clip]) -> Clip:
+    """Clips of one shape, joined along the batch axis. Cameras must be the same in all."""
+    return Clip(
+        frames={camera: torch.cat([clip.frames[camera] for clip in clips]) for camera in clips[0].frames},
+        actions=torch.cat([clip.actions for clip in clips]),
+        poses=torch.cat([clip.poses for clip in clips]),
+        present={camera: torch.cat([clip.present[camera] for clip in clips]) for camera in clips[0].present},
+        instruction=sum((clip.instruction for clip in clips), ()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Numbers:
+    actions: Tensor  # (t-1, k_row, a)
+    poses: Tensor  # (t, p)
+    instruction: str
+
+
+class ClipSampler:
+    """Every window of `frames` frames, `stride` apart, of the episodes named.
+
+    Episodes too short for one window are left out and counted in `skipped`; `DatasetError` if none is left.
+    """
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        episodes: Sequence[int],
+        *,
+        frames: int,
+        stride: int = 1,
+        cameras: Sequence[str] | None = None,
+        store: FrameStore | None = None,
+    ) -> None:
+        self.spec = strided(dataset.spec, stride)
+        self.cameras = [c.name for c in dataset.spec.cameras] if cameras is None else list(cameras)
+        self.spec = replace(self.spec, cameras=tuple(self.spec.camera(name) for name in self.cameras))
+        self.dataset, self.frames, self.stride = dataset, frames, stride
+        self.store = store or FrameStore(dataset)
+        self.span = (frames - 1) * stride + 1
+        self.episodes = [i for i in episodes if dataset.length(i) >= self.span]
+        self.skipped = len(episodes) - len(self.episodes)
+        if not self.episodes:
+            raise DatasetError(
+                f"{dataset.root}: episodes of at least {self.span} frames required ({frames} frames at stride {stride}), "
+                f"got none among {len(episodes)}. Use fewer frames or a smaller stride."
+            )
+        if self.skipped:
+            log.warning("%d of %d episodes are shorter than %d frames", self.skipped, len(episodes), self.span)
+        self.windows = windows([dataset.length(i) for i in self.episodes], self.span)
+        self._numbers: dict[int, _Numbers] = {}
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def clip(self, index: int) -> Clip:
+        """Window `index` as a clip with b = 1."""
+        position, start = self.windows[index]
+        episode = self.episodes[position]
+        numbers = self._episode(episode)
+        chosen = slice(start, start + self.span, self.stride)
+        return Clip(
+            frames={camera: self.store.window(episode, camera, chosen)[None] for camera in self.cameras},
+            actions=action_blocks(numbers.actions, self.stride, start, self.frames)[None],
+            poses=numbers.poses[chosen][None],
+            instruction=(numbers.instruction,),
+        )
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Clip:
+        """The clips of training step `step`."""
+        return collate([self.clip(i) for i in draw(len(self), seed, step, batch_size)])
+
+    def _episode(self, episode: int) -> _Numbers:
+        if episode not in self._numbers:
+            read: Episode = self.dataset.episode(episode)
+            self._numbers[episode] = _Numbers(actions=read.actions, poses=read.poses, instruction=read.instruction)
+        return self._numbers[episode]

@@ -1,0 +1,306 @@
+"""Read LeRobotDatasets, v3.0 and v2.1, ours and other people's, as `Episode`s with lazily decoded frames.
+
+Metadata are checked at opening, numbers when an episode is read, videos when frames are decoded; `validate` looks for
+all of it without raising. What a dataset means is taken from the `WorldSpec` that worldline's writer left in
+`meta/info.json`; without one it is inferred from the features, and the arguments say what cannot be inferred.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from worldline.checkpoint import from_json
+from worldline.data.lerobot_meta import (
+    action_spec,
+    camera_specs,
+    column_names,
+    read_episodes,
+    read_info,
+    read_parquet,
+    read_tasks,
+)
+from worldline.data.splits import held_out_episodes, named_splits
+from worldline.data.video import VideoFrames, packet_indices
+from worldline.errors import DatasetError
+from worldline.types import Episode, WorldSpec
+
+OPEN_TABLES = 8  # parquet files kept in memory
+STATES = "observation.environment_state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something wrong with one episode (or with the dataset, `episode` None)."""
+
+    kind: str
+    episode: int | None
+    column: str  # a numeric column, a camera or a file
+    detail: str
+
+
+class LeRobotDataset:
+    """A dataset folder. Raises `DatasetError` for other versions, absent files, columns or cameras.
+
+    Args:
+        root: folder holding `meta/`, `data/` and `videos/`.
+        cameras: names to read, all by default.
+        action_columns, pose_columns: columns joined, in this order, to actions and poses. By default what worldline's
+            writer recorded, else "action" and "observation.state". Naming them sets worldline's own record aside.
+        action_kind, action_space, action_source, embodiment: what the actions mean, when the dataset doesn't say.
+        success_column: a boolean or 0/1 column (one value a frame) whose last value is the episode's success.
+        split_seed: for datasets that record no split of their own.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        cameras: Sequence[str] | None = None,
+        action_columns: Sequence[str] | None = None,
+        pose_columns: Sequence[str] | None = None,
+        action_kind: Literal["absolute", "delta", "velocity"] = "absolute",
+        action_space: Literal["joint", "cartesian", "mixed"] = "joint",
+        action_source: Literal["commanded", "achieved"] = "commanded",
+        embodiment: str | None = None,
+        success_column: str | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        self.root = Path(root)
+        self.info = read_info(self.root)
+        self.tasks = read_tasks(self.root, self.info)
+        self.episode_table: pd.DataFrame = read_episodes(self.root, self.info)
+        self._extras: dict[str, Any] = self.info.get("worldline", {})
+        self._split_seed = split_seed
+        self._success_column = success_column
+        own = "spec" in self._extras
+        default_poses = ["observation.state"] if "observation.state" in self.info["features"] else []
+        self.action_columns = list(action_columns or ["action"])
+        self.pose_columns = list(default_poses if pose_columns is None else pose_columns)
+        self._keys, specs = self._choose_cameras(cameras)
+        base = from_json(WorldSpec, self._extras["spec"], source=f"{self.root}/meta/info.json") if own else None
+        meaning = {
+            "kind": action_kind,
+            "space": action_space,
+            "source": action_source,
+            "embodiment": embodiment or str(self.info.get("robot_type") or "unknown"),
+        }
+        if base is None or action_columns is not None:
+            action, steps = action_spec(self.root, self.info, self.action_columns, meaning), 1
+        else:
+            action, steps = base.action, base.control_steps
+        poses = column_names(self.info, self.pose_columns) if base is None or pose_columns else base.pose_names
+        self.spec = WorldSpec(
+            cameras=specs,
+            fps=float(self.info["fps"]) if base is None else base.fps,
+            control_steps=steps,
+            action=action,
+            pose_names=poses,
+        )
+        self._tables: OrderedDict[str, pa.Table] = OrderedDict()
+
+    def _choose_cameras(self, cameras: Sequence[str] | None) -> tuple[dict[str, str], tuple]:
+        by_name = {spec.name: (key, spec) for key, spec in camera_specs(self.info).items()}
+        if unknown := [name for name in cameras or () if name not in by_name]:
+            stored = [key for key, entry in self.info["features"].items() if entry["dtype"] == "image"]
+            hint = f" Cameras stored as images ({stored}) are not read: convert them to video." if stored else ""
+            raise DatasetError(f"{self.root}: cameras {unknown} required, got {sorted(by_name)}.{hint}")
+        chosen = list(by_name) if cameras is None else list(cameras)
+        return {name: by_name[name][0] for name in chosen}, tuple(by_name[name][1] for name in chosen)
+
+    def __len__(self) -> int:
+        return len(self.episode_table)
+
+    def length(self, index: int) -> int:
+        """Frames of episode `index`."""
+        return int(self._row(index)["length"])
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index`. Its numbers are read and checked (`DatasetError` on NaN), its frames decoded on access."""
+        row, numbers = self._row(index), self.numbers(index)
+        for column in [*self.action_columns, *self.pose_columns]:
+            self._require_finite(index, column, numbers)
+        length = int(row["length"])
+        blocks = np.concatenate([numbers[c] for c in self.action_columns], axis=1)[: length - 1]
+        poses = [numbers[c] for c in self.pose_columns]
+        states = numbers.get(STATES, np.zeros((length, 0), np.float32))
+        reached = numbers.get("next.success")
+        frame_success, success, scorer = None, row["success"], {}
+        if reached is not None and np.isfinite(reached).all():
+            start = bool(row["initial_success"])  # no control step led to frame 0 unless the recorder says so
+            frame_success = torch.from_numpy(np.append(start, reached[: length - 1, 0] > 0.5))
+        if success is None and self._success_column is not None:
+            success = bool(numbers[self._success_column][-1, 0] > 0.5)
+            scorer = {"scorer": f"dataset column {self._success_column}"}
+        k, a = self.spec.control_steps, self.spec.action.dim
+        return Episode(
+            frames=self.frames(index),
+            actions=torch.from_numpy(np.ascontiguousarray(blocks)).float().reshape(length - 1, k, a),
+            poses=torch.from_numpy(np.concatenate(poses, axis=1) if poses else np.zeros((length, 0))).float(),
+            states=torch.from_numpy(states).float(),
+            rewards=_known_rewards(numbers),
+            frame_success=frame_success,
+            success=success,
+            terminated=bool(row["terminated"]),
+            truncated=True if row["truncated"] is None else bool(row["truncated"]),
+            instruction=row["instruction"],
+            spec=self.spec,
+            index=index,
+            provenance={**row["provenance"], **scorer},
+        )
+
+    def frames(self, index: int) -> Mapping[str, VideoFrames]:
+        """Camera -> lazily decoded frames of episode `index`."""
+        row = self._row(index)
+        return {
+            name: VideoFrames(
+                path=Path(row[f"video:{key}"]),
+                first=int(row[f"first:{key}"]),
+                length=int(row["length"]),
+                fps=float(self.info["fps"]),
+                height=self.spec.camera(name).height,
+                width=self.spec.camera(name).width,
+            )
+            for name, key in self._keys.items()
+        }
+
+    def numbers(self, index: int) -> dict[str, np.ndarray]:
+        """Columns of episode `index` as float arrays (t, d), unchecked: nulls are NaN, an action is in every row."""
+        row = self._row(index)
+        table = self._table(row["data_file"])
+        mine = table.filter(pa.array(table["episode_index"].to_numpy() == index))
+        if len(mine) != row["length"]:
+            raise DatasetError(
+                f"{row['data_file']}: {row['length']} rows of episode {index} required, got {len(mine)}. "
+                "Fetch the file again."
+            )
+        return {name: _matrix(mine[name], index, name) for name in table.schema.names if name != "episode_index"}
+
+    def _table(self, path: str) -> pa.Table:
+        if path not in self._tables:
+            names = read_parquet(Path(path), columns=[]).schema.names
+            wanted = [*self.action_columns, *self.pose_columns, self._success_column or "episode_index"]
+            if absent := [name for name in ("episode_index", *wanted) if name not in names]:
+                raise DatasetError(f"{path}: columns {absent} required, got {names}. Choose other columns.")
+            optional = [n for n in ("next.reward", "next.success", STATES, "timestamp") if n in names]
+            columns = list(dict.fromkeys(["episode_index", *wanted, *optional]))
+            self._tables[path] = read_parquet(Path(path), columns=columns)
+            while len(self._tables) > OPEN_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(path)
+        return self._tables[path]
+
+    def _row(self, index: int) -> Any:
+        if index not in self.episode_table.index:
+            raise DatasetError(
+                f"{self.root}: episodes 0 to {len(self) - 1} required, got {index}. Choose one of these."
+            )
+        return self.episode_table.loc[index]
+
+    def _require_finite(self, index: int, column: str, numbers: Mapping[str, np.ndarray]) -> None:
+        bad = np.argwhere(~np.isfinite(numbers[column]))
+        if len(bad):
+            raise DatasetError(
+                f"{self.root}: finite numbers required, got NaN or infinity in episode {index}, column {column}, "
+                f"row {bad[0, 0]} ({len(bad)} in all). Leave the episode out, or mend it."
+            )
+
+    def split(self, name: str) -> list[int]:
+        """Episodes of "train", "held-out" or "all". Raises `DatasetError` if there are none."""
+        every = [int(i) for i in self.episode_table.index]
+        held_out = named_splits(self.info.get("splits") or {}, len(every)) or set(
+            self._extras.get("held_out", held_out_episodes(every, self._split_seed))
+        )
+        chosen = {
+            "all": every,
+            "train": [i for i in every if i not in held_out],
+            "held-out": [i for i in every if i in held_out],
+        }.get(name)
+        if chosen is None:
+            raise DatasetError(f"split 'train', 'held-out' or 'all' required, got {name!r}.")
+        if not chosen:
+            raise DatasetError(
+                f"{self.root}: the split {name!r} of {len(every)} episodes is empty. Record more, or use 'all'."
+            )
+        return chosen
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with metadata, episodes or their statistics."""
+        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True).encode())
+        digest.update(self.episode_table[["length", "instruction"]].to_csv().encode())
+        for name in ("meta/stats.json", "meta/episodes_stats.jsonl"):
+            if (self.root / name).is_file():
+                digest.update((self.root / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def validate(self, episodes: Sequence[int] | None = None) -> list[Problem]:
+        """Problems of the episodes named (default: all), found without decoding: NaN, absent rows, files or frames."""
+        found: list[Problem] = []
+        packets: dict[Path, np.ndarray | str] = {}
+        for index in self.split("all") if episodes is None else episodes:
+            found += self._number_problems(index)
+            for camera, video in self.frames(index).items():
+                if video.path not in packets:
+                    packets[video.path] = _packets(video)
+                found += _video_problem(index, camera, video, packets[video.path])
+        return found
+
+    def _number_problems(self, index: int) -> list[Problem]:
+        try:
+            numbers = self.numbers(index)
+        except DatasetError as error:
+            return [Problem(kind="data", episode=index, column="data", detail=str(error))]
+        out = []
+        for column in [*self.action_columns, *self.pose_columns]:
+            bad = np.argwhere(~np.isfinite(numbers[column]))
+            if len(bad):
+                detail = f"{len(bad)} NaN or infinite numbers, first in row {bad[0, 0]}"
+                out.append(Problem(kind="nan", episode=index, column=column, detail=detail))
+        return out
+
+
+def _known_rewards(numbers: Mapping[str, np.ndarray]) -> torch.Tensor | None:
+    rewards = numbers.get("next.reward")
+    if rewards is None or not np.isfinite(rewards).all():
+        return None
+    return torch.from_numpy(rewards[:-1, 0].copy())
+
+
+def _matrix(column: pa.ChunkedArray, episode: int, name: str) -> np.ndarray:
+    rows = len(column)
+    nested = pa.types.is_nested(column.type)
+    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if nested else column
+    if len(flat) % max(rows, 1):
+        raise DatasetError(f"episode {episode}, column {name}: vectors of one width required. Fetch the file again.")
+    if pa.types.is_boolean(flat.type):
+        flat = flat.cast(pa.uint8())
+    return np.array(flat.to_pandas(), dtype=np.float32).reshape(rows, -1)
+
+
+def _packets(video: VideoFrames) -> np.ndarray | str:
+    if not video.path.is_file():
+        return f"no file {video.path}"
+    try:
+        return packet_indices(video.path, video.fps)
+    except DatasetError as error:
+        return str(error)
+
+
+def _video_problem(index: int, camera: str, video: VideoFrames, packets: np.ndarray | str) -> list[Problem]:
+    if isinstance(packets, str):
+        kind = "missing video" if packets.startswith("no file") else "truncated video"
+        return [Problem(kind=kind, episode=index, column=camera, detail=packets)]
+    got = int(((packets >= video.first) & (packets < video.first + video.length)).sum())
+    if got == video.length:
+        return []
+    detail = f"{video.path}: {video.length} frames required, got {got}"
+    return [Problem(kind="truncated video", episode=index, column=camera, detail=detail)]

@@ -1,0 +1,172 @@
+"""The figures of the reports: ranking scatter, reliability diagram, curves over the horizon.
+
+Figures are made without pyplot, so nothing global changes and no display is needed; the caller embeds or saves them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor
+
+from worldline.errors import WorldlineError
+from worldline.eval.calibration import ScorerCalibration
+from worldline.eval.intervals import Interval
+from worldline.eval.outcomes import policy_names
+from worldline.eval.ranking_statistics import RankStatistics
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#475569")
+GREY = "#64748b"
+
+
+def _figure(width: float, height: float, *, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e2e8f0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def ranking_scatter(
+    statistics: RankStatistics,
+    *,
+    real_intervals: Sequence[Interval] | None = None,
+    imagined_intervals: Sequence[Interval] | None = None,
+) -> Figure:
+    """Imagined against real success, one named point a policy, with both intervals where given and the diagonal.
+
+    Policies of one lineage share a colour.
+    """
+    figure, axes = _figure(5.6, 5.2, xlabel="real success rate", ylabel="imagined success rate")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1)
+    groups = statistics.lineages or statistics.policies
+    palette = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(groups))}
+    for i, name in enumerate(statistics.policies):
+        x, y, colour = statistics.real[i], statistics.imagined[i], palette[groups[i]]
+        axes.errorbar(
+            x,
+            y,
+            xerr=_bars(x, real_intervals, i),
+            yerr=_bars(y, imagined_intervals, i),
+            fmt="o",
+            color=colour,
+            ecolor=colour + "66",
+            markersize=7,
+            elinewidth=1.5,
+        )
+        left = x > 0.8
+        near = sum(abs(x - statistics.real[j]) < 0.12 and abs(y - statistics.imagined[j]) < 0.05 for j in range(i))
+        axes.annotate(
+            name,
+            (x, y),
+            (-8 if left else 8, 6 - 14 * near),  # names of crowded points go below each other
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=9,
+        )
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set_title(_headline(statistics), fontsize=10, loc="left", color="#334155")
+    return figure
+
+
+def _headline(statistics: RankStatistics) -> str:
+    r = "undefined" if statistics.pearson is None else f"{statistics.pearson:.3f}"
+    interval = statistics.pearson_interval_policy
+    extent = "" if interval is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"r = {r}{extent}   MMRV = {statistics.mmrv:.3f}   bias = {statistics.bias:+.3f}"
+
+
+def _bars(value: float, intervals: Sequence[Interval] | None, index: int) -> np.ndarray | None:
+    if intervals is None:
+        return None
+    interval = intervals[index]
+    return np.array([[max(0.0, value - interval.low)], [max(0.0, interval.high - value)]])
+
+
+def reliability_diagram(calibration: ScorerCalibration) -> Figure:
+    """Observed success against predicted probability with Wilson intervals, and how many episodes each bin holds."""
+    figure, axes = _figure(5.2, 4.6, xlabel="predicted success probability", ylabel="observed success rate")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    total = max(1, calibration.episodes)
+    for item in calibration.bins:
+        axes.bar(
+            item.low,
+            item.observed.episodes / total,
+            width=item.high - item.low,
+            align="edge",
+            color="#cbd5e1",
+            alpha=0.6,
+        )
+    x = np.array([item.predicted for item in calibration.bins])
+    y = np.array([item.observed.value for item in calibration.bins], dtype=float)
+    bars = [_bars(float(v), [i.observed.interval], 0) for v, i in zip(y, calibration.bins) if i.observed.interval]
+    axes.errorbar(
+        x, y, yerr=np.concatenate([b for b in bars if b is not None], 1), fmt="o-", color=COLOURS[0], capsize=3
+    )
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02))
+    auroc = "undefined" if calibration.auroc is None else f"{calibration.auroc:.3f}"
+    axes.set_title(
+        f"AUROC {auroc}   Brier {calibration.brier:.3f}   ECE {calibration.expected_calibration_error:.3f}"
+        f"   n = {calibration.episodes}   (bars: share in bin)",
+        fontsize=9,
+        loc="left",
+        color="#334155",
+    )
+    return figure
+
+
+def horizon_curves(
+    curves: Mapping[str, Float[Tensor, "_n t"]],
+    *,
+    ylabel: str,
+    masks: Mapping[str, Bool[Tensor, "_n t"]] | None = None,
+    level: float = 0.95,
+    xlabel: str = "imagined frame",
+) -> Figure:
+    """Mean over episodes at every horizon with a Student t band; entries False in `masks` are left out.
+
+    A horizon where fewer than two episodes count has no point. Raises `WorldlineError` for NaN that no mask covers.
+    """
+    figure, axes = _figure(6.4, 3.8, xlabel=xlabel, ylabel=ylabel)
+    for i, (name, values) in enumerate(curves.items()):
+        data = values.detach().cpu().double().numpy()
+        mask = np.ones(data.shape, bool) if masks is None or name not in masks else masks[name].cpu().numpy()
+        if not np.isfinite(data[mask]).all():
+            raise WorldlineError(f"horizon_curves: {name}: finite values required; pass the mask of the defined ones.")
+        shown, mean, half = [], [], []
+        for frame in range(data.shape[1]):
+            column = data[mask[:, frame], frame]
+            if len(column) > 1:
+                shown.append(frame + 1)
+                mean.append(column.mean())
+                half.append(stats.t.ppf((1 + level) / 2, len(column) - 1) * column.std(ddof=1) / len(column) ** 0.5)
+        centre, spread, colour = np.array(mean), np.array(half), COLOURS[i % len(COLOURS)]
+        axes.plot(
+            shown, centre, color=colour, label=name, linewidth=2, marker="o" if len(shown) < 16 else None, markersize=4
+        )
+        axes.fill_between(shown, centre - spread, centre + spread, color=colour, alpha=0.15, linewidth=0)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def success_bars(
+    rates: Mapping[str, Sequence[float]], intervals: Mapping[str, Sequence[Interval]], names: Sequence[str]
+) -> Figure:
+    """Success of every policy by source ("real", "imagined", ...), side by side, with intervals."""
+    labels = policy_names(names, len(names))
+    figure, axes = _figure(max(4.5, 0.7 * len(labels) + 1.4), 3.8, xlabel="", ylabel="success rate")
+    width = 0.8 / max(1, len(rates))
+    for i, (source, values) in enumerate(rates.items()):
+        x = np.arange(len(labels)) + (i - (len(rates) - 1) / 2) * width
+        bars = [_bars(value, intervals[source], j) for j, value in enumerate(values)] if source in intervals else []
+        error = np.concatenate([bar for bar in bars if bar is not None], 1) if bars else None
+        axes.bar(x, values, width * 0.92, yerr=error, color=COLOURS[i % len(COLOURS)], label=source, capsize=3)
+    axes.set_xticks(np.arange(len(labels)), labels, rotation=20 if max(map(len, labels)) > 10 else 0)
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, fontsize=9)
+    return figure

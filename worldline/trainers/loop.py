@@ -1,0 +1,263 @@
+"""One training loop for every stage, driven by accelerate: evaluate, save, stop, step, log.
+
+- Data, noise and dropout are functions of (seed, step, rank): the position in training is one integer, and a killed run
+  resumes bit for bit.
+- Training state (weights, EMA, optimiser) is kept in `training/` beside the published checkpoint, written atomically as
+  safetensors and JSON. The published weights are the EMA's.
+- A NaN or infinite loss stops the run and names the step; nothing is replaced or skipped.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from worldline.checkpoint import read_json, read_tensors, write_json, write_tensors
+from worldline.errors import CheckpointError, WorldlineError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """Length, optimiser and bookkeeping of a training run."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    batch_size: int = 8
+    """Clips (or images) a step and process."""
+    accumulate: int = 1
+    """Batches summed into one optimiser step."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 50
+    """Steps over which the learning rate rises from 0."""
+    cooldown: float = 0.3
+    """Last share of the steps over which the learning rate falls to 0 (constant before)."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.995
+    """Decay of the averaged weights, which are the ones published. Reached gradually: at step i at most (1+i)/(10+i)."""
+    seed: int = 0
+    save_every: int = 200
+    eval_every: int = 200
+    mixed_precision: str = "auto"
+    """auto: bf16 on GPUs that have it, full precision on CPUs. Or no, fp16, bf16."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mixed_precision not in ("auto", "no", "fp16", "bf16"):
+            raise ValueError(f"mixed_precision must be auto, no, fp16 or bf16, got {self.mixed_precision!r}")
+
+
+class Stage(Protocol):
+    """What the loop needs to know of what it trains."""
+
+    name: str
+    model: nn.Module
+
+    def batch(self, seed: int, step: int, size: int) -> Any:
+        """The batch of one step: a function of its arguments alone."""
+        ...
+
+    def loss(self, model: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+    def evaluate(self, model: Any) -> Mapping[str, float]: ...
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None: ...
+
+
+class _Loss(nn.Module):
+    """A stage's loss as a module: what distributed wrappers synchronise is a `forward`."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.model = stage.model
+        self._stage = (stage,)  # in a tuple: the stage's modules must not be registered twice
+
+    def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self._stage[0].loss(self.model, batch, generator)
+
+
+def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[str, Any], progress: bool = True) -> Path:
+    """Train `stage` to `config.steps` and publish it in `out`. Continues from `out/training` if that is there.
+
+    Returns `out`. Raises `CheckpointError` if the state there was made with other settings, `WorldlineError` on NaN.
+    """
+    accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision))
+    device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
+    stage.model.to(device)
+    ema = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+    optimizer = torch.optim.AdamW(_groups(stage.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
+    loss_module, optimizer = accelerator.prepare(_Loss(stage), optimizer)
+    state = out / "training"
+    step, seconds = _restore(state, stage, ema, optimizer, config)
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step) if accelerator.is_main_process else None
+    if step >= config.steps:
+        log.info("%s: already trained for %d steps", out, step)
+    bar = tqdm(total=config.steps, initial=step, desc=stage.name, unit="step", disable=not (progress and rank == 0))
+    started, metrics, running = time.monotonic() - seconds, {}, None
+    saved = step
+
+    def save(last: bool) -> None:
+        nonlocal saved
+        if accelerator.is_main_process and (saved != step or last):
+            _store(state, stage, ema, optimizer, config, step, time.monotonic() - started)
+            facts = {
+                "steps": step,
+                "seconds": round(time.monotonic() - started),
+                **{k: round(v, 6) for k, v in metrics.items()},
+            }
+            stage.save(ema.module, out, {**provenance, "loop": asdict(config), **facts})
+            saved = step
+
+    try:
+        while True:
+            # --- evaluate ---------------------------------------------------------------------------------------------
+            finished = step >= config.steps
+            if step and writer and (step % config.eval_every == 0 or finished):
+                ema.module.eval()
+                metrics = dict(stage.evaluate(ema.module))
+                for name, value in metrics.items():
+                    writer.add_scalar(f"eval/{name}", value, step)
+
+            # --- save, stop? ------------------------------------------------------------------------------------------
+            if finished or (step and step % config.save_every == 0):
+                save(last=finished)
+            if finished:
+                break
+
+            # --- step -------------------------------------------------------------------------------------------------
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _schedule(step, config)
+            stage.model.train()
+            optimizer.zero_grad()
+            for i in range(config.accumulate):
+                draw = (step * config.accumulate + i) * ranks + rank
+                generator = torch.Generator().manual_seed(_mix_seed(config.seed, draw))
+                torch.manual_seed(_mix_seed(config.seed + 1, draw))
+                with accelerator.autocast():
+                    loss, shown = loss_module(stage.batch(config.seed, draw, config.batch_size), generator)
+                if not torch.isfinite(loss):
+                    raise WorldlineError(
+                        f"{stage.name}: the loss is {float(loss.detach())} at step {step} (rank {rank}). The last good state is "
+                        f"in {state}; look for NaN in the data (`worldline inspect`) or lower --loop.lr."
+                    )
+                accelerator.backward(loss / config.accumulate)
+            norm = accelerator.clip_grad_norm_(loss_module.parameters(), config.clip)
+            optimizer.step()
+            step += 1
+            _average(ema, stage.model, step, config.ema)
+
+            # --- log --------------------------------------------------------------------------------------------------
+            running = loss.detach() if running is None else torch.lerp(running, loss.detach(), 0.05)
+            bar.update()
+            if writer and (step % 10 == 0 or step == config.steps):
+                bar.set_postfix(loss=f"{float(running):.4f}", **{k: f"{v:.3g}" for k, v in list(metrics.items())[:2]})
+                for name, value in {"loss": loss.detach(), "gradient_norm": norm, **shown}.items():
+                    writer.add_scalar(f"train/{name}", float(value), step)
+    except KeyboardInterrupt:
+        save(last=False)
+        log.warning("interrupted at step %d; run the same command again to go on from there", step)
+        raise
+    finally:
+        bar.close()
+        if writer:
+            writer.close()
+        accelerator.end_training()
+    return out
+
+
+def _precision(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _schedule(step: int, config: LoopConfig) -> float:
+    """Linear warm-up, constant, linear cool-down."""
+    left = (config.steps - step) / max(1.0, config.cooldown * config.steps)
+    return min(1.0, (step + 1) / max(1, config.warmup), left)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def _average(ema: AveragedModel, model: nn.Module, step: int, decay: float) -> None:
+    """EMA whose decay starts low, so that short runs are not averaged with the initial weights."""
+    ema.multi_avg_fn = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    ema.update_parameters(model)
+    for averaged, current in zip(ema.module.buffers(), model.buffers()):
+        averaged.copy_(current)
+
+
+def _mix_seed(seed: int, draw: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{draw}".encode()).digest()[:7], "big")
+
+
+# --- training state -------------------------------------------------------------------------------------------------------
+
+
+def _store(
+    state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, config: LoopConfig, step: int, seconds: float
+) -> None:
+    tensors = {f"model/{k}": v for k, v in stage.model.state_dict().items()}
+    tensors |= {f"ema/{k}": v for k, v in ema.module.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
+    tensors["step"] = torch.tensor(step)
+    write_tensors(state / "state.safetensors", tensors)
+    write_json(
+        state / "state.json",
+        {"step": step, "seconds": seconds, "averaged": int(ema.n_averaged), "loop": asdict(config)},
+    )
+
+
+def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, config: LoopConfig) -> tuple[int, float]:
+    """Load what `_store` wrote. Only the length and the bookkeeping of a run may change when it goes on."""
+    if not (state / "state.json").is_file():
+        return 0, 0.0
+    facts = read_json(state / "state.json")
+    free = {"steps", "save_every", "eval_every"}
+    changed = [
+        f"  loop.{k}: required {facts['loop'][k]!r}, got {v!r}"
+        for k, v in asdict(config).items()
+        if k not in free and facts["loop"].get(k) != v
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{state.parent} holds a run with other settings:\n" + "\n".join(changed) + "\nUse those, or another --out."
+        )
+    tensors = read_tensors(state / "state.safetensors")
+    stage.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
+    ema.module.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema/")})
+    ema.n_averaged.fill_(facts["averaged"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            slots.setdefault(int(index), {})[name] = value
+    full = optimizer.state_dict()
+    optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
+    step = int(tensors["step"])
+    log.info("resuming %s at step %d", state.parent, step)
+    return step, float(facts["seconds"])

@@ -1,0 +1,251 @@
+"""A block-causal space-time transformer over tokenised multi-view frames, with one noise level a frame.
+
+- Factorised attention: over all tokens of a frame (every camera's patches and one pose token, jointly), then over time
+  at each token position; one MLP after the pair.
+- Time attention takes any (query frame, key frame) mask, so one network serves the banded causal pass, the doubled pass
+  of training (clean history beside noisy targets) and streaming with a cache.
+- Level and action block reach every block through adaptive normalisation, computed once a frame (DiT, 2212.09748).
+- It predicts the change from the previous frame: with zero-initialised outputs an untrained network is exactly the
+  copy-last-frame predictor.
+
+The network knows nothing of noise schedules, tokenizers or normalisation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of the network. `window` counts frames, the current one included."""
+
+    width: int = 192
+    depth: int = 6  # blocks of (space attention, time attention, MLP)
+    heads: int = 6
+    window: int = 8
+    patch: int = 2  # latent cells along one side of a token
+    mlp_ratio: float = 4.0
+    actions: bool = True  # False: the action-free predictor, a baseline that every world model must beat
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width must be heads times an even number, got width={self.width}, heads={self.heads}")
+        if min(self.width, self.depth, self.window, self.patch) < 1:
+            raise ValueError(f"width, depth, window and patch must be at least 1, got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameBatch:
+    """Network input of l frames: whitened noisy latents, the frames before them, and what conditions them.
+
+    `action` is the normalised block that led to the frame, flattened; `has_action` False where a frame has none (the
+    first of a clip). `time` orders frames for the rotary embedding: (l,) for all rows or (b, l).
+    """
+
+    latents: Mapping[str, Tensor]  # camera -> "b l c h w"
+    previous: Mapping[str, Tensor]
+    pose: Tensor  # "b l p"
+    previous_pose: Tensor
+    level: Tensor  # "b l"
+    action: Tensor  # "b l k*a"
+    has_action: Tensor  # "b l" bool
+    time: Tensor
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.space, self.time = QKV(width, config.heads), QKV(width, config.heads)
+        self.space_out, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.mlp = MLP(width, config.mlp_ratio)
+        self.modulation = nn.Linear(width, 9 * width)
+
+    def space_attention(self, x: Tensor) -> Tensor:
+        b = len(x)
+        q, k, v = self.space(x)
+        q, k, v = (rearrange(z, "b l s h d -> (b l) h s d") for z in (q, k, v))
+        return self.space_out(rearrange(F.scaled_dot_product_attention(q, k, v), "(b l) h s d -> b l s (h d)", b=b))
+
+    def time_qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values "b (s h) l d", queries and keys turned to their time."""
+        q, k, v = (rearrange(z, "b l s h d -> b (s h) l d") for z in self.time(x))
+        return rotate(q, turn), rotate(k, turn), v
+
+    def time_output(self, attended: Tensor) -> Tensor:
+        return self.time_out(rearrange(attended, "b (s h) l d -> b l s (h d)", h=self.time.heads))
+
+
+class SpaceTimeTransformer(nn.Module):
+    """Predicts the clean latents and pose of each frame.
+
+    Args:
+        shapes: camera -> (c, h, w) of its latents; h and w divisible by `config.patch`.
+        pose_dim: p, may be 0.
+        action_dim: length of a flattened action block (k * a).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, shapes: Mapping[str, tuple[int, int, int]], pose_dim: int, action_dim: int
+    ) -> None:
+        super().__init__()
+        self.config, self.shapes, self.pose_dim = config, dict(shapes), pose_dim
+        p, width = config.patch, config.width
+        for camera, (_, h, w) in shapes.items():
+            if h % p or w % p:
+                raise ValueError(f"camera {camera}: latents of {h}x{w} cannot be cut into patches of {p}x{p}")
+        self.tokens = {camera: (h // p) * (w // p) for camera, (_, h, w) in shapes.items()}
+        # nn.ModuleDict keys may not hold dots; cameras may
+        self.keys = {camera: camera.replace(".", "_") for camera in shapes}
+        channels = {self.keys[camera]: c * p * p for camera, (c, _, _) in shapes.items()}
+        self.embed = nn.ModuleDict({key: nn.Linear(2 * c, width) for key, c in channels.items()})
+        self.place = nn.ParameterDict(
+            {self.keys[camera]: nn.Parameter(torch.empty(n, width)) for camera, n in self.tokens.items()}
+        )
+        self.embed_pose = nn.Linear(2 * pose_dim, width)
+        self.embed_level = LevelEmbedding(width)
+        self.embed_action = nn.Sequential(nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.no_action = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.unembed = nn.ModuleDict({key: nn.Linear(width, c) for key, c in channels.items()})
+        self.unembed_pose = nn.Linear(width, pose_dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layers: normal(0, 0.02), biases 0; token places: normal(0, 0.02); zero where marked.
+
+        Zero: every modulation (each block starts as the identity), both output heads (the network starts as
+        copy-last-frame).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for place in self.place.values():
+            nn.init.normal_(place, std=0.02)
+        zeros = [block.modulation for block in self.blocks] + [self.final_modulation, self.unembed_pose]
+        for linear in [*zeros, *self.unembed.values()]:
+            nn.init.zeros_(linear.weight)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return sum(self.tokens.values()) + 1
+
+    def embed_frames(self, frames: FrameBatch) -> tuple[Tensor, Tensor]:
+        """Tokens "b l s d" and the conditioning vector of each frame "b l d"."""
+        p = self.config.patch
+        parts = []
+        for camera, key in self.keys.items():
+            pair = torch.cat([frames.latents[camera], frames.previous[camera]], dim=2)
+            patches = rearrange(pair, "b l c (h p) (w q) -> b l (h w) (c p q)", p=p, q=p)
+            parts.append(self.embed[key](patches) + self.place[key])
+        action = self.embed_action(frames.action) if self.config.actions else self.no_action
+        action = torch.where(frames.has_action[..., None], action, self.no_action)
+        pose = self.embed_pose(torch.cat([frames.pose, frames.previous_pose], dim=-1))
+        parts.append((pose + action)[:, :, None])
+        return torch.cat(parts, dim=2), F.silu(self.embed_level(frames.level) + action)
+
+    def head(self, x: Tensor, condition: Tensor, frames: FrameBatch) -> tuple[dict[str, Tensor], Tensor]:
+        x = modulate(x, *self.final_modulation(condition).chunk(2, dim=-1))
+        p = self.config.patch
+        latents, start = {}, 0
+        for camera, key in self.keys.items():
+            change = self.unembed[key](x[:, :, start : start + self.tokens[camera]])
+            start += self.tokens[camera]
+            h = self.shapes[camera][1] // p
+            change = rearrange(change, "b l (h w) (c p q) -> b l c (h p) (w q)", h=h, p=p, q=p)
+            latents[camera] = frames.previous[camera] + change
+        return latents, frames.previous_pose + self.unembed_pose(x[:, :, -1])
+
+    def forward(self, frames: FrameBatch, mask: Tensor, keep: slice | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """All frames at once. `mask` "l l" is True where a query frame (row) may look at a key frame (column).
+
+        `keep`: the frames whose predictions are wanted (default all).
+        """
+        x, condition = self.embed_frames(frames)
+        turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
+        for block in self.blocks:
+            x = _apply(block, x, condition, lambda y, b: _masked(b, y, turn, mask))
+        if keep is not None:
+            x, condition = x[:, keep], condition[:, keep]
+            frames = FrameBatch(**{name: _keep(getattr(frames, name), keep) for name in FrameBatch.__slots__})
+        return self.head(x, condition, frames)
+
+    def stream(
+        self, frames: FrameBatch, cache: Tensor, slot: Tensor, visible: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One frame (l = 1) against cached keys and values, which it overwrites at `slot`, in place.
+
+        Args:
+            cache: "n depth 2 (s heads) window d".
+            slot: "n", the ring position of this frame in each row.
+            visible: "n window", which ring positions each row may attend to (its own included).
+        """
+        x, condition = self.embed_frames(frames)
+        turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
+        rows = torch.arange(len(x), device=x.device)
+        for i, block in enumerate(self.blocks):
+
+            def attend(y: Tensor, block: Block, layer: Tensor = cache[:, i]) -> Tensor:
+                q, k, v = block.time_qkv(y, turn)
+                layer[rows, 0, :, slot], layer[rows, 1, :, slot] = k[:, :, 0], v[:, :, 0]
+                attended = F.scaled_dot_product_attention(q, layer[:, 0], layer[:, 1], visible[:, None, None])
+                return block.time_output(attended)
+
+            x = _apply(block, x, condition, attend)
+        return self.head(x, condition, frames)
+
+
+def _apply(block: Block, x: Tensor, condition: Tensor, time_attention) -> Tensor:
+    m = block.modulation(condition).chunk(9, dim=-1)
+    x = torch.addcmul(x, m[2][:, :, None], block.space_attention(modulate(x, m[0], m[1])))
+    x = torch.addcmul(x, m[5][:, :, None], time_attention(modulate(x, m[3], m[4]), block))
+    return torch.addcmul(x, m[8][:, :, None], block.mlp(modulate(x, m[6], m[7])))
+
+
+def _masked(block: Block, y: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    q, k, v = block.time_qkv(y, turn)
+    return block.time_output(F.scaled_dot_product_attention(q, k, v, mask))
+
+
+def _broadcast_turn(turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(l, d/2) or (b, l, d/2) to broadcast against "b (s h) l d/2"."""
+    cos, sin = turn
+    return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
+
+
+def _keep(value, frames: slice):
+    if isinstance(value, Mapping):
+        return {camera: latents[:, frames] for camera, latents in value.items()}
+    return value[..., frames] if value.ndim == 1 else value[:, frames]
+
+
+def banded_causal_mask(frames: int, window: int, device: torch.device | None = None) -> Tensor:
+    """True where key frame j is one of the last `window` frames up to query frame i: i - window < j <= i."""
+    i = torch.arange(frames, device=device)
+    return (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+
+
+def teacher_forcing_mask(frames: int, window: int, device: torch.device | None = None) -> Tensor:
+    """Mask of the doubled pass: `frames` history frames 0..T-1, then `frames` noisy targets 1..T.
+
+    History frame i sees history as in the banded causal pass. Target i+1 sees itself and the window-1 history frames
+    before it: exactly what streaming sees.
+    """
+    i = torch.arange(frames, device=device)
+    history = banded_causal_mask(frames, window, device)
+    past = (i[None] <= i[:, None]) & (i[None] > i[:, None] + 1 - window)  # target of row i is frame i+1
+    return torch.cat(
+        [
+            torch.cat([history, torch.zeros_like(history)], dim=1),
+            torch.cat([past, torch.eye(frames, dtype=torch.bool, device=device)], dim=1),
+        ]
+    )

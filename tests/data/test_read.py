@@ -100,7 +100,7 @@ def test_missing_rows(damaged: Path) -> None:
 
 
 def test_unknown_camera_column_episode_and_split(recorded: Path) -> None:
-    with pytest.raises(DatasetError, match=r"cameras \['left'\] required, got \['front', 'wrist'\]"):
+    with pytest.raises(DatasetError, match=r"cameras \['left'\] required, got videos of \['front', 'wrist'\]"):
         LeRobotDataset(recorded, cameras=["left"])
     with pytest.raises(DatasetError, match=r"column 'action\.joint' required, got columns"):
         LeRobotDataset(recorded, action_columns=["action.joint"])
@@ -160,3 +160,12 @@ def test_without_worldlines_record_the_features_are_used(damaged: Path) -> None:
 def test_fingerprint_follows_content(recorded: Path, damaged: Path, tmp_path: Path) -> None:
     assert LeRobotDataset(recorded).fingerprint == LeRobotDataset(damaged).fingerprint
     assert LeRobotDataset(recorded).fingerprint != toy_dataset(tmp_path / "d", (12, 9, 12, 6)).fingerprint
+
+
+def test_cameras_stored_as_images_are_not_dropped_silently(damaged: Path) -> None:
+    info = json.loads((damaged / "meta/info.json").read_text())
+    info["features"]["observation.images.front"]["dtype"] = "image"
+    edit_info(damaged, features=info["features"])
+    with pytest.raises(DatasetError, match=r"cameras \['front'\] required, got videos of \['wrist'\].*Convert"):
+        LeRobotDataset(damaged)
+    assert list(LeRobotDataset(damaged, cameras=["wrist"]).episode(0).frames) == ["wrist"]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from tests.data.toy import frame_number, stage, toy_dataset, toy_episode, toy_spec
 from worldline.data import DatasetWriter, LeRobotDataset, write_dataset
 from worldline.data.lerobot_write import STAGING
+from worldline.data.video import VideoFrames, encode_video
 from worldline.errors import DatasetError
 from worldline.types import CameraSpec, FrameSequence
 
@@ -208,3 +211,24 @@ def test_rewriting_what_was_read_changes_no_number(recorded: Path, tmp_path: Pat
         assert torch.equal(source.episode(i).actions, copy.episode(i).actions)
         assert source.episode(i).provenance == copy.episode(i).provenance
     shutil.rmtree(copy.root)
+
+
+def test_copies_of_a_writer_stage_at_the_same_time(tmp_path: Path) -> None:
+    """What worker processes do: each unpickles its own copy of the writer."""
+    writer = DatasetWriter(tmp_path / "d", toy_spec())
+    copies = [pickle.loads(pickle.dumps(writer)) for _ in range(4)]  # noqa: S301
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: stage(copies[i % 4], toy_episode(i, 5)), range(8)))
+    assert writer.staged() == set(range(8))
+    dataset = LeRobotDataset(writer.finish())
+    assert [float(dataset.episode(i).poses[0, 1]) for i in range(8)] == list(range(8))
+
+
+def test_colour_survives_half_resolution_chroma(tmp_path: Path) -> None:
+    """FFmpeg's own conversion of these frames loses 10 dB more by repeating colour pixels."""
+    coarse = 0.2 + 0.6 * torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").clamp(0, 1)
+    frames = (255 * image).to(torch.uint8).repeat(6, 1, 1, 1)
+    encode_video(tmp_path / "a.mp4", frames, fps=20.0)
+    read = VideoFrames(path=tmp_path / "a.mp4", first=0, length=6, fps=20.0, height=64, width=64)[:]
+    assert 10 * torch.log10(255**2 / (read.float() - frames.float()).pow(2).mean()) > 36

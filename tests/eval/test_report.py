@@ -38,7 +38,7 @@ def video(colour: tuple[int, int, int], t: int = 5, h: int = 33, w: int = 47) ->
 
 
 def decode(data: bytes) -> list[np.ndarray]:
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 

@@ -37,7 +37,7 @@ def test_mixed_fails_in_two_of_five_episodes_and_in_four_ways() -> None:
         seed, cause = episode_seed(0, index), episode_cause("mixed", 0, index)
         act = behaviour(cause, task, seed=seed, horizon=160, rehearsal=rehearsal)
         world.reset(seed)
-        outcome.setdefault(cause, []).append(any([world.drive(act).success for _ in range(40)]))
+        outcome.setdefault(cause, []).append(any(world.drive(act).success for _ in range(40)))
     results = [success for cause in outcome for success in outcome[cause]]
     assert 0.4 <= 1 - np.mean(results) <= 0.85
     assert sum(not all(successes) for successes in outcome.values()) >= 4

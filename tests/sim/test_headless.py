@@ -1,6 +1,7 @@
 """The choice of a GL backend, without importing MuJoCo."""
 
 import ctypes.util
+import importlib
 import os
 import subprocess
 import sys
@@ -17,13 +18,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="headless backends ar
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, "")
-    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     return monkeypatch
 
 
 @linux
 @pytest.mark.parametrize(("installed", "chosen"), [({"OSMesa", "EGL"}, "osmesa"), ({"EGL"}, "egl"), (set(), "")])
 def test_osmesa_first_then_egl(bare: pytest.MonkeyPatch, installed: set[str], chosen: str) -> None:
+    bare.delitem(sys.modules, "mujoco", raising=False)
     bare.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so" if name in installed else None)
     choose_backend()
     assert os.environ["MUJOCO_GL"] == chosen
@@ -31,6 +32,7 @@ def test_osmesa_first_then_egl(bare: pytest.MonkeyPatch, installed: set[str], ch
 
 @linux
 def test_a_set_backend_is_kept_and_a_missing_library_named(bare: pytest.MonkeyPatch) -> None:
+    bare.delitem(sys.modules, "mujoco", raising=False)
     bare.setattr(ctypes.util, "find_library", lambda name: None)
     bare.setenv("MUJOCO_GL", "egl")
     with pytest.raises(SimulatorError, match="libegl1"):
@@ -42,10 +44,9 @@ def test_a_set_backend_is_kept_and_a_missing_library_named(bare: pytest.MonkeyPa
 
 @linux
 def test_without_any_library_the_message_says_what_to_install(bare: pytest.MonkeyPatch) -> None:
-    import mujoco.gl_context
-
+    gl_context = importlib.import_module("mujoco.gl_context")
     bare.setattr(ctypes.util, "find_library", lambda name: None)
-    bare.setattr(mujoco.gl_context, "_MUJOCO_GL", "")
+    bare.setattr(gl_context, "_MUJOCO_GL", "")
     with pytest.raises(SimulatorError, match="apt-get install libosmesa6"):
         require_backend()
 

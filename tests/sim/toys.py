@@ -37,7 +37,7 @@ class PointEnv(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         picture = np.zeros((32, 48, 3), dtype=np.uint8)
-        picture[..., 0] = int(100 * (self.x + 1))
+        picture[..., 0] = int(np.clip(100 * (self.x + 1), 0, 255))
         return picture
 
 

@@ -1,6 +1,7 @@
 """LeRobot datasets in and out, clips, normalisation, the latent cache and dataset inspection."""
 
 from worldline.data.clips import ClipSampler, action_blocks, collate, draw, strided
+from worldline.data.inspection import Inspection, inspect_dataset
 from worldline.data.latents import LatentCache
 from worldline.data.lerobot_read import LeRobotDataset, Problem
 from worldline.data.lerobot_write import DatasetWriter, write_dataset
@@ -12,6 +13,7 @@ __all__ = [
     "ClipSampler",
     "DatasetWriter",
     "FrameStore",
+    "Inspection",
     "LatentCache",
     "LeRobotDataset",
     "NormalizerSet",
@@ -21,6 +23,7 @@ __all__ = [
     "action_blocks",
     "collate",
     "draw",
+    "inspect_dataset",
     "strided",
     "write_dataset",
 ]

@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from worldline.checkpoint import from_json
+from worldline.data.lerobot_assemble import IMAGES
 from worldline.data.lerobot_meta import (
     action_spec,
     camera_specs,
@@ -109,10 +110,12 @@ class LeRobotDataset:
 
     def _choose_cameras(self, cameras: Sequence[str] | None) -> tuple[dict[str, str], tuple]:
         by_name = {spec.name: (key, spec) for key, spec in camera_specs(self.info).items()}
-        if unknown := [name for name in cameras or () if name not in by_name]:
-            stored = [key for key, entry in self.info["features"].items() if entry["dtype"] == "image"]
-            hint = f" Cameras stored as images ({stored}) are not read: convert them to video." if stored else ""
-            raise DatasetError(f"{self.root}: cameras {unknown} required, got {sorted(by_name)}.{hint}")
+        stored = [key for key, entry in self.info["features"].items() if entry["dtype"] == "image"]
+        unknown = [name for name in cameras or () if name not in by_name]
+        if unknown or (cameras is None and stored):
+            wanted = unknown or [key.removeprefix(IMAGES) for key in stored]
+            hint = f" Stored as images, which are not read: {stored}. Convert them to video." if stored else ""
+            raise DatasetError(f"{self.root}: cameras {wanted} required, got videos of {sorted(by_name)}.{hint}")
         chosen = list(by_name) if cameras is None else list(cameras)
         return {name: by_name[name][0] for name in chosen}, tuple(by_name[name][1] for name in chosen)
 
@@ -133,13 +136,13 @@ class LeRobotDataset:
         poses = [numbers[c] for c in self.pose_columns]
         states = numbers.get(STATES, np.zeros((length, 0), np.float32))
         reached = numbers.get("next.success")
-        frame_success, success, scorer = None, row["success"], {}
+        frame_success = None
         if reached is not None and np.isfinite(reached).all():
             start = bool(row["initial_success"])  # no control step led to frame 0 unless the recorder says so
             frame_success = torch.from_numpy(np.append(start, reached[: length - 1, 0] > 0.5))
-        if success is None and self._success_column is not None:
-            success = bool(numbers[self._success_column][-1, 0] > 0.5)
-            scorer = {"scorer": f"dataset column {self._success_column}"}
+        success = self.success(index)
+        from_column = success is not None and row["success"] is None
+        scorer = {"scorer": f"dataset column {self._success_column}"} if from_column else {}
         k, a = self.spec.control_steps, self.spec.action.dim
         return Episode(
             frames=self.frames(index),
@@ -156,6 +159,14 @@ class LeRobotDataset:
             index=index,
             provenance={**row["provenance"], **scorer},
         )
+
+    def success(self, index: int) -> bool | None:
+        """What the recorder, or else the last value of `success_column`, says of episode `index`; None if unknown."""
+        recorded = self._row(index)["success"]
+        if recorded is not None or self._success_column is None:
+            return recorded
+        last = float(self.numbers(index)[self._success_column][-1, 0])
+        return last > 0.5 if np.isfinite(last) else None
 
     def frames(self, index: int) -> Mapping[str, VideoFrames]:
         """Camera -> lazily decoded frames of episode `index`."""

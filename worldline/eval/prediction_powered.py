@@ -8,6 +8,8 @@ real and imagined, and N more imagined only,
 lambda = cov(real, imagined) / ((1 + n / N) var(imagined)), clipped to [0, 1], trusts imagination as far as it earned it:
 0 leaves the real mean. Because success rates sit near 0 or 1 at small n, the interval is Wilson's at the *effective*
 number of real episodes, n * var(real mean) / var(estimate); at lambda = 0 it is exactly the real-only Wilson interval.
+Two departures keep its coverage at ten real rollouts: half a disagreement either way is added before variances are taken
+(`_moments`), and lambda costs a degree of freedom.
 
 `leave_one_policy_out` needs no rollout of the policy in question: it learns real from imagined rates on the others.
 """

@@ -66,7 +66,7 @@ class Report:
         self.blocks.append(Block(kind="warning", note=text, body=_inline(text)))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
-        """Numbers are right-aligned, floats shown to three significant decimals, None as a dash.
+        """Numbers are right-aligned, floats shown to three decimals, None as a dash.
 
         Raises:
             WorldlineError: a row of another length than `columns`.

@@ -25,7 +25,7 @@ SEPARATOR = 4
 BACKGROUND = (24, 28, 36)
 INK = (226, 232, 240)
 
-Video = UInt8[Tensor, "t c h w"] | Mapping[str, UInt8[Tensor, "t c h w"]]
+Video = UInt8[Tensor, "_t _c _h _w"] | Mapping[str, UInt8[Tensor, "_t _c _h _w"]]
 
 
 def side_by_side(

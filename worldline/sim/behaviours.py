@@ -92,7 +92,7 @@ def behaviour(cause: str, task: str, *, seed: int, horizon: int, rehearsal: Simu
         return expert(task)
     needed = None
     if cause in REHEARSED:
-        needed = rehearse(rehearsal, world.task, seed)
+        needed = rehearse(rehearsal, task, seed)
     return _Perturbed(act=expert(task), rng=rng, fault=_fault(cause, rng, needed, horizon))
 
 

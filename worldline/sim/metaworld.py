@@ -28,7 +28,7 @@ from torch import Tensor
 
 from worldline.errors import SimulatorError
 from worldline.sim.base import Controller, SimFrame, SimStep, check_block, check_timing, replay, unknown
-from worldline.sim.cameras import MOVED, UPSIDE_DOWN, look_at, shrink
+from worldline.sim.cameras import MOVED, UPSIDE_DOWN, look_at, project, shrink
 from worldline.sim.headless import choose_backend, require_backend
 from worldline.types import ActionSpec, CameraSpec, WorldSpec
 
@@ -278,3 +278,16 @@ def _make_renderer(model: Any, size: int) -> Any:
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
     return renderer
+
+
+def object_pixels(states: Float[Tensor, "t s"], camera: CameraSpec) -> Float[Tensor, "t 2"]:
+    """Where the manipulated object is in a camera's picture: (row, column) in pixels, from the recorded 39-D states.
+
+    Raises `SimulatorError` for cameras that are not placed by worldline (their pose is not fixed, or not known here).
+    """
+    if camera.name not in MOVED:
+        raise SimulatorError(f"a camera of {sorted(MOVED)} is required to tell pixels, got {camera.name!r}")
+    if states.shape[1] < 7:
+        raise SimulatorError(f"Meta-World states of 39 columns are required, got {states.shape[1]}")
+    points = states[:, 4:7].double().numpy()
+    return torch.tensor([project(MOVED[camera.name], point, camera.height) for point in points], dtype=torch.float32)

@@ -152,7 +152,9 @@ class _Record:
 
     def result(self) -> RolloutResult:
         known = None not in self._success
-        kept = {camera: torch.stack([images[camera] for images in self._images]) for camera in self._first.images}
+        kept = None
+        if self._keep:
+            kept = {c: torch.stack([images[c] for images in self._images]) for c in self._first.images}
         return RolloutResult(
             seed=self._seed,
             success=any(self._success) if known else None,
@@ -165,7 +167,7 @@ class _Record:
             terminated=self._ended[0],
             truncated=self._ended[1],
             instruction=self._instruction,
-            frames=kept if self._keep else None,
+            frames=kept,
         )
 
 

@@ -224,24 +224,22 @@ def _store(
     tensors |= {f"ema/{k}": v for k, v in ema.module.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors["step"] = torch.tensor(step)
+    # one file holds all that must agree, so a kill between two writes cannot mix two steps
+    tensors |= {"step": torch.tensor(step), "seconds": torch.tensor(seconds), "averaged": ema.n_averaged}
+    write_json(state / "loop.json", asdict(config))
     write_tensors(state / "state.safetensors", tensors)
-    write_json(
-        state / "state.json",
-        {"step": step, "seconds": seconds, "averaged": int(ema.n_averaged), "loop": asdict(config)},
-    )
 
 
 def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, config: LoopConfig) -> tuple[int, float]:
     """Load what `_store` wrote. Only the length and the bookkeeping of a run may change when it goes on."""
-    if not (state / "state.json").is_file():
+    if not (state / "state.safetensors").is_file():
         return 0, 0.0
-    facts = read_json(state / "state.json")
+    before = read_json(state / "loop.json")
     free = {"steps", "save_every", "eval_every"}
     changed = [
-        f"  loop.{k}: required {facts['loop'][k]!r}, got {v!r}"
+        f"  loop.{k}: required {before.get(k)!r}, got {v!r}"
         for k, v in asdict(config).items()
-        if k not in free and facts["loop"].get(k) != v
+        if k not in free and before.get(k) != v
     ]
     if changed:
         raise CheckpointError(
@@ -250,7 +248,7 @@ def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, conf
     tensors = read_tensors(state / "state.safetensors")
     stage.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
     ema.module.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema/")})
-    ema.n_averaged.fill_(facts["averaged"])
+    ema.n_averaged.copy_(tensors["averaged"])
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
@@ -260,4 +258,4 @@ def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, conf
     optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
     step = int(tensors["step"])
     log.info("resuming %s at step %d", state.parent, step)
-    return step, float(facts["seconds"])
+    return step, float(tensors["seconds"])

@@ -1,0 +1,105 @@
+"""Policies made of other things: a corrupted policy (noise, delay) and any Python callable."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from worldline.diffusion import row_noise
+from worldline.errors import PolicyError
+from worldline.types import Observation, Policy, TensorState, WorldSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorruptedState:
+    """The inner policy's state and the actions not sent yet because of the lag."""
+
+    inner: Any
+    pending: Float[Tensor, "n lag a"]
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def index(self, rows: Int[Tensor, " r"]) -> "CorruptedState":
+        return CorruptedState(inner=self.inner.index(rows), pending=self.pending[rows])
+
+    def where(self, mask: Bool[Tensor, " n"], other: "CorruptedState") -> "CorruptedState":
+        pending = torch.where(mask[:, None, None], other.pending, self.pending)
+        return CorruptedState(inner=self.inner.where(mask, other.inner), pending=pending)
+
+
+class Corrupted:
+    """A policy made worse in a known way: for rankings with a known order, and for failures in training data.
+
+    Args:
+        policy: the policy to corrupt.
+        noise: standard deviation of Gaussian noise on each action, in half-ranges of the action.
+        lag: control steps by which every action comes late; the middle of the range is sent until the first arrives.
+    """
+
+    def __init__(self, policy: Policy, *, noise: float = 0.0, lag: int = 0) -> None:
+        if noise < 0 or lag < 0:
+            raise PolicyError(f"noise and lag must be at least 0, got noise={noise}, lag={lag}")
+        self.policy, self.noise, self.lag, self.spec = policy, noise, lag, policy.spec
+        self.low, self.high = torch.tensor(self.spec.action.low), torch.tensor(self.spec.action.high)
+
+    def reset(self, n: int) -> CorruptedState:
+        middle = (self.low + self.high) / 2
+        return CorruptedState(inner=self.policy.reset(n), pending=middle.expand(n, self.lag, -1).clone())
+
+    def act(
+        self, observation: Observation, state: CorruptedState, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], CorruptedState]:
+        chunk, inner = self.policy.act(observation, state.inner, seeds=seeds)
+        half = (self.high - self.low) / 2
+        noisy = chunk + self.noise * half * row_noise(seeds, 0, 0, tuple(chunk.shape[1:]), stream=7)
+        queue = torch.cat([state.pending, noisy.clamp(self.low, self.high)], dim=1)
+        m = chunk.shape[1]
+        return queue[:, :m], CorruptedState(inner=inner, pending=queue[:, m:])
+
+
+class CallablePolicy:
+    """A Python function `act(observation: Observation) -> actions "n m a"` (tensor or array, physical units).
+
+    `spec` is what the surrounding world provides: the function says nothing of what it requires.
+    """
+
+    def __init__(self, function: Callable[[Observation], Any], spec: WorldSpec, *, name: str = "callable") -> None:
+        self.function, self.spec, self.name = function, spec, name
+
+    @classmethod
+    def load(cls, name: str, spec: WorldSpec) -> "CallablePolicy":
+        """`package.module:function`. Raises `PolicyError` naming the part that is missing."""
+        module_name, _, function_name = name.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise PolicyError(f"policy {name!r}: a module {module_name!r} is required, {error}") from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise PolicyError(
+                f"policy {name!r}: a function {function_name!r} is required in {module_name}, got {function!r}"
+            )
+        return cls(function, spec, name=name)
+
+    def reset(self, n: int) -> TensorState:
+        return TensorState(tensors={}, rows=n)
+
+    def act(
+        self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        return check_chunk(self.function(observation), len(observation), self.spec, self.name), state
+
+
+def check_chunk(answer: Any, n: int, spec: WorldSpec, name: str) -> Float[Tensor, "n m a"]:
+    """`answer` as a float tensor "n m a". Raises `PolicyError` with the shape required and the shape got."""
+    actions = torch.as_tensor(answer, dtype=torch.float32)
+    if actions.ndim != 3 or actions.shape[0] != n or actions.shape[2] != spec.action.dim or not actions.shape[1]:
+        raise PolicyError(
+            f"policy {name}: actions of shape ({n}, m, {spec.action.dim}) required, got {tuple(actions.shape)}"
+        )
+    return actions

@@ -1,0 +1,114 @@
+"""A success scorer: a small network over the last frames, calibrated, with the rule that turns frames into an episode.
+
+Episode rule, the same for simulator, scorer and dream: success has held for `persist` frames in a row. A single bright
+frame is not a success, in either world.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from worldline import checkpoint
+from worldline.policies.encoder import EncoderConfig, ObservationEncoder, mlp
+from worldline.types import Observation, Score, TensorState, WorldSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuccessConfig:
+    """`scale` and `offset` calibrate the logit; `threshold` is the probability that counts as done."""
+
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(window=2, channels=(16, 32, 32)))
+    hidden: int = 128
+    scale: float = 1.0
+    offset: float = 0.0
+    threshold: float = 0.5
+    persist: int = 2
+
+
+class SuccessScorer(nn.Module):
+    """A `Scorer` of pixels. Its name carries the fingerprint of its weights, so a label says who gave it."""
+
+    input = "pixels"
+
+    def __init__(self, config: SuccessConfig, spec: WorldSpec) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.window = config.encoder.window
+        self.encoder = ObservationEncoder(config.encoder, spec.cameras, 0)
+        self.head = mlp(self.encoder.width, config.hidden, 1, 1)
+
+    @property
+    def name(self) -> str:
+        return f"success-scorer:{checkpoint.fingerprint(self.state_dict(), checkpoint.to_json(self.config))}"
+
+    def logits(self, frames: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """Uncalibrated logits of uint8 windows "n (window c) h w", oldest frame first."""
+        device = self.head[0].weight.device
+        frames = {camera: x.to(device) for camera, x in frames.items()}
+        n = len(next(iter(frames.values())))
+        return self.head(self.encoder(frames, torch.zeros(n, 0, device=device)))[:, 0]
+
+    def reset(self, n: int) -> TensorState:
+        """No frames seen yet: the first frame stands in for the ones before it."""
+        past = {
+            c.name: torch.zeros(n, 3 * (self.window - 1), c.height, c.width, dtype=torch.uint8)
+            for c in self.spec.cameras
+        }
+        return TensorState(tensors={**past, "/started": torch.zeros(n, dtype=torch.bool)}, rows=n)
+
+    @torch.no_grad()
+    def step(
+        self, state: TensorState, observation: Observation, action: Float[Tensor, "n k a"] | None
+    ) -> tuple[TensorState, Score]:
+        started = state.tensors["/started"]
+        windows, past = {}, {}
+        for camera in self.encoder.names:
+            image = observation.images[camera].cpu()
+            before = torch.where(
+                started[:, None, None, None], state.tensors[camera], image.repeat(1, self.window - 1, 1, 1)
+            )
+            windows[camera] = torch.cat([before, image], dim=1)
+            past[camera] = windows[camera][:, 3:]
+        probability = torch.sigmoid(self.config.scale * self.logits(windows).cpu() + self.config.offset)
+        state = TensorState(tensors={**past, "/started": torch.ones_like(started)}, rows=len(state))
+        return state, Score(reward=probability, success=probability)
+
+    def calibrated(self, **changes: float) -> "SuccessScorer":
+        """The same weights with other calibration (`scale`, `offset`, `threshold`, `persist`)."""
+        other = object.__new__(SuccessScorer)
+        other.__dict__ = self.__dict__ | {"config": replace(self.config, **changes)}
+        return other
+
+    def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
+        checkpoint.save_part(
+            folder,
+            part="scorer",
+            kind="success",
+            config=self.config,
+            spec=self.spec,
+            tensors=self.state_dict(),
+            provenance=provenance or {},
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SuccessScorer":
+        folder = checkpoint.resolve(folder)
+        data = checkpoint.load_config(folder, part="scorer")["config"]
+        scorer = cls(
+            checkpoint.from_json(SuccessConfig, data, source=f"{folder}/config.json"),
+            checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
+        )
+        checkpoint.load_tensors(scorer, folder)
+        return scorer.eval()
+
+
+def episode_success(done: Bool[Tensor, "n t"], *, persist: int) -> Bool[Tensor, " n"]:
+    """True where `persist` frames in a row are done."""
+    if done.shape[1] < persist:
+        return torch.zeros(len(done), dtype=torch.bool)
+    return done.unfold(1, persist, 1).all(2).any(1)

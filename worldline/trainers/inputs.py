@@ -1,0 +1,169 @@
+"""What every training stage does before it trains: open the datasets, choose episodes, claim the output folder."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldline.checkpoint import read_json, to_json, write_json
+from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer
+from worldline.errors import CheckpointError, DatasetError
+from worldline.tokenizers import Tokenizer
+from worldline.types import Clip, require_match
+
+
+def cache_root() -> Path:
+    """Where latents are cached: `$WORLDLINE_CACHE`, by default `~/.cache/worldline`."""
+    return Path(os.environ.get("WORLDLINE_CACHE", Path.home() / ".cache" / "worldline"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """One dataset, the episodes of it that are used, and its decoded frames."""
+
+    dataset: LeRobotDataset
+    episodes: tuple[int, ...]
+    store: FrameStore
+
+
+def open_datasets(
+    roots: Sequence[Path], split: str, *, cameras: Sequence[str] | None = None, max_episodes: int | None = None
+) -> list[Selection]:
+    """Open datasets of one spec. Raises `SpecMismatch` where two differ, `DatasetError` for an empty split."""
+    if not roots:
+        raise DatasetError("at least one dataset folder is required after --data, got none")
+    chosen = []
+    for root in roots:
+        dataset = LeRobotDataset(root, cameras=cameras)
+        if chosen:
+            require_match(dataset.spec, chosen[0].dataset.spec, between=f"datasets {root} and {chosen[0].dataset.root}")
+        episodes = dataset.split(split)[:max_episodes]
+        chosen.append(Selection(dataset=dataset, episodes=tuple(episodes), store=FrameStore(dataset)))
+    return chosen
+
+
+def share(selections: Sequence[Selection], seed: int, step: int, size: int) -> list[int]:
+    """How many of a batch's items each dataset gives: multinomial by its number of frames."""
+    weights = torch.tensor([float(sum(s.dataset.length(i) for i in s.episodes)) for s in selections])
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
+    drawn = torch.multinomial(weights, size, replacement=True, generator=generator)
+    return torch.bincount(drawn, minlength=len(selections)).tolist()
+
+
+def fit_normalizers(selections: Sequence[Selection]) -> tuple[RobustNormalizer, RobustNormalizer]:
+    """Action and pose normalisers of the selected episodes. Raises `DatasetError` naming an episode with NaN."""
+    episodes = [s.dataset.episode(i) for s in selections for i in s.episodes]
+    actions = torch.cat([e.actions.flatten(0, 1) for e in episodes])
+    return RobustNormalizer.fit(actions), RobustNormalizer.fit(torch.cat([e.poses for e in episodes]))
+
+
+class LatentBatches:
+    """Training clips of latents from one or several datasets, encoded once and cached on disk."""
+
+    def __init__(
+        self,
+        selections: Sequence[Selection],
+        tokenizer: Tokenizer,
+        *,
+        frames: int,
+        stride: int,
+        device: Any,
+        progress: bool,
+    ) -> None:
+        self.selections, self.frames = selections, frames
+        self.caches = []
+        for s in selections:
+            root = cache_root() / "latents" / f"{s.dataset.fingerprint}-{tokenizer.fingerprint}-s{stride}"
+            tokenizer.to(device)
+            LatentCache.build(
+                root, s.dataset, tokenizer, stride=stride, episodes=s.episodes, progress=progress, device=device
+            )
+            self.caches.append(LatentCache.open(root, tokenizer.fingerprint, dataset_fingerprint=s.dataset.fingerprint))
+        self.spec = self.caches[0].spec
+
+    def batch(self, seed: int, step: int, size: int) -> Clip:
+        counts = share(self.selections, seed, step, size)
+        parts = [
+            cache.batch(seed, step, count, self.frames, episodes=s.episodes)
+            for cache, s, count in zip(self.caches, self.selections, counts)
+            if count
+        ]
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+
+def _join(parts: Sequence[Clip]) -> Clip:
+    return Clip(
+        frames={camera: torch.cat([p.frames[camera] for p in parts]) for camera in parts[0].frames},
+        actions=torch.cat([p.actions for p in parts]),
+        poses=torch.cat([p.poses for p in parts]),
+        instruction=tuple(text for p in parts for text in p.instruction),
+    )
+
+
+class FrameBatches:
+    """Images drawn for tokenizer training, with a weight that lifts pixels unlike the episode's median frame."""
+
+    def __init__(self, selections: Sequence[Selection], *, motion_weight: float, frames_per_episode: int = 8) -> None:
+        self.selections, self.motion_weight, self.per_episode = selections, motion_weight, frames_per_episode
+        self.spec = selections[0].dataset.spec
+        self._median: dict[tuple[int, int, str], Tensor] = {}
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """uint8 images "n 3 h w" of one camera and weights "n 1 h w" with mean one."""
+        generator = torch.Generator().manual_seed((seed * 7_368_787 + step) & 0x7FFF_FFFF_FFFF)
+        camera = self.spec.cameras[step % len(self.spec.cameras)].name
+        images, weights = [], []
+        while len(images) < size:
+            which = int(torch.randint(len(self.selections), (), generator=generator))
+            s = self.selections[which]
+            episode = s.episodes[int(torch.randint(len(s.episodes), (), generator=generator))]
+            video = s.store.frames(episode, camera)
+            rows = torch.randint(len(video), (min(self.per_episode, size - len(images)),), generator=generator)
+            away = (video[rows].float() - self._background(which, episode, camera, video)).abs().amax(1, keepdim=True)
+            weight = 1 + self.motion_weight * (away > 24)
+            images += list(video[rows])
+            weights += list(weight / weight.mean())
+        return torch.stack(images), torch.stack(weights)
+
+    def _background(self, which: int, episode: int, camera: str, video: Tensor) -> Tensor:
+        key = (which, episode, camera)
+        if key not in self._median:
+            self._median[key] = video.median(dim=0).values
+        return self._median[key].float()
+
+
+def claim_output(out: Path, part: str, config: Any, *, identity: Sequence[str]) -> None:
+    """Make `out` this run's. A folder with the same run in it is gone on with, anything else is refused.
+
+    Args:
+        identity: names of the config's fields that must not change when a run goes on.
+    """
+    record = {"part": part, "config": {k: v for k, v in to_json(config).items() if k in identity}}
+    path = out / "training" / "run.json"
+    if path.is_file():
+        before = read_json(path)
+        if before["part"] != part:
+            raise CheckpointError(
+                f"{out}: a {part} was to be trained here, it holds a {before['part']}. Choose another --out."
+            )
+        changed = [
+            f"  {k}: was {before['config'].get(k)!r}, is now {v!r}"
+            for k, v in record["config"].items()
+            if before["config"].get(k) != v
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{out} holds a run with other settings:\n"
+                + "\n".join(changed)
+                + "\nUse those to resume it, or another --out."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise CheckpointError(
+            f"{out}: an empty or new folder is required, it holds {sorted(p.name for p in out.iterdir())[:4]}. Choose another --out."
+        )
+    else:
+        write_json(path, record)

@@ -1,0 +1,136 @@
+"""Stage `policy`: clone demonstrations with a Gaussian or a diffusion policy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from worldline.errors import DatasetError
+from worldline.policies import ClonedPolicy, PolicyConfig
+from worldline.trainers.inputs import Selection, claim_output, fit_normalizers, open_datasets
+from worldline.trainers.loop import LoopConfig, train
+from worldline.trainers.samples import SampleDraw, Samples
+from worldline.types import Episode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPolicy:
+    """Clone a policy from a dataset's demonstrations.
+
+    Example: worldline train policy --data data/drawer --kind bc --episodes 50 --out runs/bc50
+    """
+
+    data: tuple[Path, ...]
+    """Dataset folders."""
+    out: Path
+    """Folder for the checkpoint. A run that was interrupted goes on there."""
+    kind: Literal["bc", "diffusion"] = "bc"
+    """bc: Gaussian behaviour cloning. diffusion: a denoised action chunk."""
+    episodes: int | None = None
+    """How many demonstrations to use, drawn by --loop.seed; all by default."""
+    demonstrations: Literal["expert", "success", "all"] = "success"
+    """Which episodes are demonstrations: recorded by the expert, labelled successful, or all."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200, batch_size=64, lr=1e-3, ema=0.995))
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("a minute or two on a 2-core CPU", {}),
+    "small": ("more steps; minutes on a GPU", {"loop": LoopConfig(steps=20_000, batch_size=256, lr=1e-3)}),
+}
+
+
+class _PolicyStage:
+    name = "policy"
+
+    def __init__(self, model: ClonedPolicy, draw: SampleDraw, held_out: SampleDraw | None) -> None:
+        self.model, self.draw, self.held_out = model, draw, held_out
+
+    def batch(self, seed: int, step: int, size: int) -> Samples:
+        return self.draw.batch(seed, step, size)
+
+    def loss(self, model: Any, batch: Samples, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss = model.loss(batch.observation, batch.target, generator)
+        return loss, {}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Mean absolute error of the chunk on held-out demonstrations, in action units."""
+        if self.held_out is None:
+            return {}
+        samples = self.held_out.batch(0, 0, min(256, len(self.held_out)))
+        n = len(samples.target)
+        chunk, _ = model.act(samples.observation, model.reset(n), seeds=torch.arange(n))
+        return {"action_error": float((chunk - samples.target).abs().mean())}
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
+        model.save_pretrained(folder, provenance=provenance)
+
+
+def chunks(length: int):
+    """Target function of imitation: at each frame, the `length` actions that follow, as recorded."""
+
+    def target(episode: Episode) -> tuple[Tensor, Tensor]:
+        flat = episode.actions.flatten(0, 1)
+        k = episode.actions.shape[1]
+        times = torch.arange(max(0, (len(flat) - length) // k + 1))
+        return times, torch.stack([flat[t * k : t * k + length] for t in times.tolist()]) if len(times) else flat[
+            :0, None
+        ]
+
+    return target
+
+
+def demonstrations(selections: Sequence[Selection], kind: str, count: int | None, seed: int) -> list[Selection]:
+    """The episodes that count as demonstrations, `count` of them in an order drawn by `seed`.
+
+    Raises `DatasetError` if there are fewer.
+    """
+    found = []
+    for which, s in enumerate(selections):
+        for number in s.episodes:
+            episode = s.dataset.episode(number)
+            expert = episode.provenance.get("cause") == "expert"
+            if kind == "all" or (kind == "success" and episode.success) or (kind == "expert" and expert):
+                found.append((which, number))
+    if not found or (count is not None and len(found) < count):
+        raise DatasetError(
+            f"{count or 1} demonstrations ({kind}) required, {len(found)} found among "
+            f"{sum(len(s.episodes) for s in selections)} training episodes. Record more, or use --demonstrations all."
+        )
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [found[i] for i in order[:count]]
+    return [
+        replace(s, episodes=tuple(sorted(n for w, n in chosen if w == which)))
+        for which, s in enumerate(selections)
+        if any(w == which for w, _ in chosen)
+    ]
+
+
+def run(config: TrainPolicy, *, progress: bool = True) -> Path:
+    """Train and save. Returns the checkpoint folder."""
+    settings = replace(config.policy, kind=config.kind)
+    picked = demonstrations(
+        open_datasets(config.data, "train"), config.demonstrations, config.episodes, config.loop.seed
+    )
+    held_out = None
+    try:
+        others = demonstrations(open_datasets(config.data, "held-out"), config.demonstrations, None, 0)
+        held_out = SampleDraw(others, chunks(settings.chunk))
+    except DatasetError:
+        held_out = None  # a small dataset may hold no held-out demonstration; then nothing is reported
+    claim_output(config.out, "policy", config, identity=("data", "kind", "episodes", "demonstrations", "policy"))
+    actions, poses = fit_normalizers(picked)
+    torch.manual_seed(config.loop.seed)
+    spec = picked[0].dataset.spec
+    policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
+    provenance = {
+        "data": [str(d) for d in config.data],
+        "demonstrations": sum(len(s.episodes) for s in picked),
+        "episodes": {str(s.dataset.root): list(s.episodes) for s in picked},
+    }
+    stage = _PolicyStage(policy, SampleDraw(picked, chunks(settings.chunk)), held_out)
+    return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -1,0 +1,124 @@
+"""Stage `probe`: train a small regressor on real frames that will read imagined ones.
+
+Targets: `object` (where the manipulated object is, in pixels of a camera), `action` (the mean action of the block between
+two frames: an inverse dynamics model), `state` (any columns of the recorded low-dimensional state).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from worldline.data import LeRobotDataset, RobustNormalizer
+from worldline.errors import DatasetError
+from worldline.eval.probes import Probe, ProbeConfig
+from worldline.policies import EncoderConfig
+from worldline.tokenizers import Tokenizer, load_tokenizer
+from worldline.trainers.inputs import claim_output, open_datasets
+from worldline.trainers.loop import LoopConfig, train
+from worldline.trainers.samples import SampleDraw, Samples
+from worldline.trainers.scorer import half_reconstructed
+from worldline.types import Episode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainProbe:
+    """Train a probe that reads positions or actions off frames.
+
+    Example: worldline train probe --data data/drawer --target object --out runs/probe
+    """
+
+    data: tuple[Path, ...]
+    """Dataset folders."""
+    out: Path
+    """Folder for the checkpoint."""
+    target: Literal["object", "action", "state"] = "object"
+    """object: pixel position of the manipulated object (Meta-World). action: inverse dynamics. state: --columns."""
+    columns: tuple[int, ...] = ()
+    """Columns of the recorded state to predict (target state)."""
+    camera: str = "corner2"
+    """The camera in whose pixels an object's position is told (target object)."""
+    tokenizer: Path | None = None
+    """Show half of the training frames as this tokenizer reconstructs them."""
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"tiny": ("a minute or two on a 2-core CPU", {})}
+
+
+class _ProbeStage:
+    name = "probe"
+
+    def __init__(self, model: Probe, draw: SampleDraw, held_out: SampleDraw, tokenizer: Tokenizer | None) -> None:
+        self.model, self.draw, self.held_out, self.tokenizer = model, draw, held_out, tokenizer
+
+    def batch(self, seed: int, step: int, size: int) -> Samples:
+        return self.draw.batch(seed, step, size)
+
+    def loss(self, model: Any, batch: Samples, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        frames = batch.observation.images
+        if self.tokenizer is not None:
+            frames = half_reconstructed(self.tokenizer, frames, generator)
+        return model.loss(frames, batch.target), {}
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Mean error on held-out real frames, and that of always guessing the mean."""
+        samples = self.held_out.batch(0, 0, min(512, len(self.held_out)))
+        error = (model(samples.observation.images) - samples.target).norm(dim=1).mean()
+        trivial = (samples.target - samples.target.mean(0)).norm(dim=1).mean()
+        return {"held_out_error": float(error), "guessing_the_mean": float(trivial)}
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
+        model.save_pretrained(folder, provenance=provenance)
+
+
+def _target(config: TrainProbe, dataset: LeRobotDataset):
+    """The target function, its outputs' names and the number of frames looked at."""
+    if config.target == "action":
+        names = dataset.spec.action.names
+
+        def actions(episode: Episode) -> tuple[Tensor, Tensor]:
+            return torch.arange(1, len(episode)), episode.actions.mean(1)
+
+        return actions, names, 2
+    if config.target == "object":
+        if dataset.spec.action.embodiment != "metaworld-sawyer":
+            raise DatasetError(
+                f"--target object reads Meta-World states, {dataset.root} is of {dataset.spec.action.embodiment}. "
+                "Use --target state --columns ..."
+            )
+        from worldline.sim.metaworld import object_pixels
+
+        camera = dataset.spec.camera(config.camera)
+
+        def pixels(episode: Episode) -> tuple[Tensor, Tensor]:
+            return torch.arange(len(episode)), object_pixels(episode.states, camera)
+
+        return pixels, (f"{config.camera}/row", f"{config.camera}/column"), 1
+    if not config.columns:
+        raise DatasetError("--target state needs --columns, got none")
+
+    def states(episode: Episode) -> tuple[Tensor, Tensor]:
+        if episode.states.shape[1] <= max(config.columns):
+            raise DatasetError(f"--columns {config.columns} required, the state has {episode.states.shape[1]} columns")
+        return torch.arange(len(episode)), episode.states[:, list(config.columns)]
+
+    return states, tuple(f"state[{i}]" for i in config.columns), 1
+
+
+def run(config: TrainProbe, *, progress: bool = True) -> Path:
+    """Train and save. Returns the checkpoint folder."""
+    training, held_out = open_datasets(config.data, "train"), open_datasets(config.data, "held-out")
+    function, names, window = _target(config, training[0].dataset)
+    draw = SampleDraw(training, function, window=window)
+    claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer"))
+    torch.manual_seed(config.loop.seed)
+    settings = ProbeConfig(target=config.target, names=names, encoder=EncoderConfig(window=window, shift=0))
+    probe = Probe(settings, draw.spec, RobustNormalizer.fit(draw.targets))
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    stage = _ProbeStage(probe, draw, SampleDraw(held_out, function, window=window), tokenizer)
+    provenance = {"data": [str(d) for d in config.data]}
+    return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -1,0 +1,117 @@
+"""Single moments of episodes as training samples: what policies, scorers, inverse models and probes learn from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from worldline.data import draw
+from worldline.errors import DatasetError
+from worldline.trainers.inputs import Selection
+from worldline.types import Episode, Observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """n moments: frames (the last `window`, oldest first, stacked as channels), poses, and what the target function gave."""
+
+    observation: Observation
+    target: Float[Tensor, "n ..."]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    selection: int
+    episode: int
+    start: int  # of this episode's moments in the flat list
+    times: Tensor
+    targets: Tensor
+    poses: Tensor
+    instruction: str
+
+
+class SampleDraw:
+    """All moments of the selected episodes at which `target` is defined.
+
+    Args:
+        target: episode -> (times "m", values "m ..."): the frames it is defined at, and its values there.
+        window: frames stacked; before the first frame the first one is repeated.
+        balance: draw moments with target > 0.5 and the others equally often (binary targets).
+    """
+
+    def __init__(
+        self,
+        selections: Sequence[Selection],
+        target: Callable[[Episode], tuple[Tensor, Tensor]],
+        *,
+        window: int = 1,
+        balance: bool = False,
+    ) -> None:
+        self.selections, self.window = selections, window
+        self.spec = selections[0].dataset.spec
+        self.moments: list[_Moments] = []
+        owner, flat = [], []
+        for which, s in enumerate(selections):
+            for number in s.episodes:
+                episode = s.dataset.episode(number)
+                times, values = target(episode)
+                owner += [len(self.moments)] * len(times)
+                flat.append(values)
+                self.moments.append(
+                    _Moments(
+                        selection=which,
+                        episode=number,
+                        start=len(owner) - len(times),
+                        times=times,
+                        targets=values,
+                        poses=episode.poses,
+                        instruction=episode.instruction,
+                    )
+                )
+        if not owner:
+            raise DatasetError(
+                f"{[str(s.dataset.root) for s in selections]}: no moment to learn from in {len(self.moments)} episodes. "
+                "Success labels, states or longer episodes are required."
+            )
+        self.owner, self.targets = torch.tensor(owner), torch.cat(flat)
+        self.pools = [torch.arange(len(owner))]
+        if balance:
+            positive = self.targets > 0.5
+            self.pools = [(~positive).nonzero().flatten(), positive.nonzero().flatten()]
+            if not all(map(len, self.pools)):
+                raise DatasetError(
+                    f"labelled frames of both kinds are required, got {int(positive.sum())} with success and "
+                    f"{int((~positive).sum())} without. Record failures as well as successes (`--policy mixed`)."
+                )
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def batch(self, seed: int, step: int, size: int) -> Samples:
+        """Moments of training step `step`: a function of the arguments alone."""
+        chosen = [pool[draw(len(pool), seed + i, step, size // len(self.pools))] for i, pool in enumerate(self.pools)]
+        return self.gather(torch.cat(chosen))
+
+    def gather(self, indices: Tensor) -> Samples:
+        """The moments numbered."""
+        places = []
+        for i in indices.tolist():
+            moments = self.moments[int(self.owner[i])]
+            places.append((moments, int(moments.times[i - moments.start])))
+        images = {
+            camera.name: torch.stack([self._frames(m, camera.name, t) for m, t in places])
+            for camera in self.spec.cameras
+        }
+        observation = Observation(
+            images=images,
+            pose=torch.stack([m.poses[t] for m, t in places]),
+            instruction=tuple(m.instruction for m, _ in places),
+        )
+        return Samples(observation=observation, target=self.targets[indices])
+
+    def _frames(self, moments: _Moments, camera: str, time: int) -> UInt8[Tensor, "wc h w"]:
+        video = self.selections[moments.selection].store.frames(moments.episode, camera)
+        rows = (torch.arange(self.window) + time - self.window + 1).clamp(min=0)
+        return video[rows].flatten(0, 1)

@@ -1,0 +1,220 @@
+"""Stage `scorer`: train a success scorer on labelled frames, calibrate it on held-out episodes, audit it.
+
+The audit asks what a reward must survive: right on real clips, and not fooled by clips that hold no success (a success
+episode's first frame held still, its frames blurred away). Its result is stored with the scorer.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import optimize
+from torch import Tensor
+
+from worldline.errors import DatasetError
+from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_success
+from worldline.tokenizers import Tokenizer, load_tokenizer
+from worldline.trainers.inputs import Selection, claim_output, open_datasets
+from worldline.trainers.loop import LoopConfig, train
+from worldline.trainers.samples import SampleDraw, Samples
+from worldline.types import Episode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainScorer:
+    """Train a success scorer on episodes whose success the recorder labelled.
+
+    Example: worldline train scorer --data data/drawer --tokenizer runs/tok --out runs/success
+    """
+
+    data: tuple[Path, ...]
+    """Dataset folders with success labels."""
+    out: Path
+    """Folder for the checkpoint. A run that was interrupted goes on there."""
+    tokenizer: Path | None = None
+    """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    scorer: SuccessConfig = field(default_factory=SuccessConfig)
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("two minutes on a 2-core CPU", {}),
+    "small": ("minutes on a GPU", {"loop": LoopConfig(steps=10_000, batch_size=256, lr=5e-4)}),
+}
+
+
+class _ScorerStage:
+    name = "scorer"
+
+    def __init__(
+        self, model: SuccessScorer, draw: SampleDraw, held_out: Sequence[Selection], tokenizer: Tokenizer | None
+    ) -> None:
+        self.model, self.draw, self.held_out, self.tokenizer = model, draw, held_out, tokenizer
+
+    def batch(self, seed: int, step: int, size: int) -> Samples:
+        return self.draw.batch(seed, step, size)
+
+    def loss(self, model: Any, batch: Samples, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        frames = batch.observation.images
+        if self.tokenizer is not None:
+            frames = half_reconstructed(self.tokenizer, frames, generator)
+        logits = model.logits(frames)
+        target = batch.target.float().to(logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        return loss, {"accuracy": ((logits > 0) == (target > 0.5)).float().mean().detach()}
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        logits, done, _ = read_episodes(model, self.held_out, self.tokenizer)
+        right = [((z > 0) == d).float().mean() for z, d in zip(logits, done)]
+        return {"frame_accuracy": float(torch.stack(right).mean())}
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
+        calibrated, facts = calibrate(model, self.held_out, self.tokenizer)
+        calibrated.save_pretrained(
+            folder, provenance={**provenance, **facts, "audit": audit(calibrated, self.held_out)}
+        )
+
+
+def half_reconstructed(
+    tokenizer: Tokenizer, frames: Mapping[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Every other sample as the tokenizer reconstructs it. Stacked windows are unstacked for the tokenizer."""
+    rows = (torch.rand(len(next(iter(frames.values()))), generator=generator) < 0.5).nonzero().flatten()
+    device = next(iter(tokenizer.parameters()), torch.zeros(())).device
+    out = {}
+    for camera, stacked in frames.items():
+        video = stacked[rows].unflatten(1, (-1, 3)).to(device)
+        decoded = tokenizer.decode(tokenizer.encode({camera: video}))[camera].flatten(1, 2).cpu()
+        out[camera] = stacked.index_copy(0, rows, decoded)
+    return out
+
+
+def frame_labels(episode: Episode) -> tuple[Tensor, Tensor]:
+    """Target function of success: every frame, labelled by the recorder."""
+    if episode.frame_success is None:
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    return torch.arange(len(episode)), episode.frame_success.float()
+
+
+@torch.no_grad()
+def score_video(scorer: SuccessScorer, video: Mapping[str, Tensor]) -> Tensor:
+    """Uncalibrated logits "t" of every frame of one uint8 video "t c h w" a camera, as `step` would see them."""
+    window = scorer.window
+    rows = (torch.arange(window)[None] + torch.arange(len(next(iter(video.values()))))[:, None] - window + 1).clamp(
+        min=0
+    )
+    return scorer.logits({camera: video[camera][rows].flatten(1, 2) for camera in scorer.encoder.names}).cpu()
+
+
+def read_episodes(
+    scorer: SuccessScorer, selections: Sequence[Selection], tokenizer: Tokenizer | None
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+    """Logits, labels and (reconstructed) videos of the labelled episodes."""
+    logits, done, videos = [], [], []
+    for s in selections:
+        for number in s.episodes:
+            episode = s.dataset.episode(number)
+            if episode.frame_success is None:
+                continue
+            video = {c: s.store.frames(number, c) for c in scorer.encoder.names}
+            if tokenizer is not None:
+                device = next(iter(tokenizer.parameters()), torch.zeros(())).device
+                batched = {c: x[None].to(device) for c, x in video.items()}
+                video = {c: x[0].cpu() for c, x in tokenizer.decode(tokenizer.encode(batched)).items()}
+            logits.append(score_video(scorer, video))
+            done.append(episode.frame_success)
+            videos.append(video)
+    if not logits:
+        raise DatasetError("held-out episodes with success labels are required to calibrate a scorer, got none")
+    return logits, done, videos
+
+
+def calibrate(
+    scorer: SuccessScorer, held_out: Sequence[Selection], tokenizer: Tokenizer | None
+) -> tuple[SuccessScorer, dict[str, Any]]:
+    """Platt scaling on held-out frames, then the threshold with the best balanced accuracy over held-out episodes."""
+    logits, done, _ = read_episodes(scorer, held_out, tokenizer)
+    z, y = torch.cat(logits).double().numpy(), torch.cat(done).double().numpy()
+
+    def loss(parameters: np.ndarray) -> float:
+        # log-scale keeps the slope positive; the small pull towards 1 keeps separable data finite
+        p = np.exp(parameters[0]) * z + parameters[1]
+        return float(np.mean(np.logaddexp(0, p) - y * p) + 1e-3 * parameters[0] ** 2)
+
+    fit = optimize.minimize(loss, np.zeros(2), method="Nelder-Mead")
+    scaled = scorer.calibrated(scale=float(np.exp(fit.x[0])), offset=float(fit.x[1]))
+    persist = scorer.config.persist
+    truth = torch.stack([episode_success(d[None], persist=persist)[0] for d in done])
+    probability = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset) for z in logits]
+    threshold = best_threshold(probability, truth, persist)
+    said = torch.stack([episode_success((p > threshold)[None], persist=persist)[0] for p in probability])
+    facts = {
+        "held_out_episodes": len(truth),
+        "held_out_successes": int(truth.sum()),
+        "episode_accuracy": float((said == truth).float().mean()),
+    }
+    return scaled.calibrated(threshold=threshold), facts
+
+
+def best_threshold(probability: Sequence[Tensor], truth: Tensor, persist: int) -> float:
+    """The probability threshold whose episode decisions have the best balanced accuracy; the middle of ties.
+
+    0.5 if only one kind of episode is there to judge by.
+    """
+    if truth.all() or not truth.any():
+        return 0.5
+    grid = torch.linspace(0.05, 0.95, 37)
+    score = []
+    for threshold in grid:
+        said = torch.stack([episode_success((p > threshold)[None], persist=persist)[0] for p in probability])
+        score.append((said[truth].float().mean() + (~said[~truth]).float().mean()) / 2)
+    best = (torch.stack(score) >= max(score) - 1e-6).nonzero().flatten()
+    return float(grid[best[len(best) // 2]])
+
+
+def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, float]:
+    """Share of held-out success episodes called a success: as they are, held still at the first frame, blurred, cut after a quarter."""
+    episodes = [(s, n) for s in held_out for n in s.episodes if s.dataset.episode(n).success]
+    persist, config = scorer.config.persist, scorer.config
+
+    def share(change: Any) -> float:
+        said = []
+        for s, number in episodes:
+            video = {c: change(s.store.frames(number, c)) for c in scorer.encoder.names}
+            p = torch.sigmoid(config.scale * score_video(scorer, video) + config.offset)
+            said.append(episode_success((p > config.threshold)[None], persist=persist)[0])
+        return float(torch.stack(said).float().mean()) if said else float("nan")
+
+    if not episodes:
+        return {"episodes": 0.0}
+    return {
+        "episodes": float(len(episodes)),
+        "exact": share(lambda x: x),
+        "static": share(lambda x: x[:1].expand_as(x)),
+        "blurred": share(lambda x: F.avg_pool2d(x.float(), 17, 1, 8, count_include_pad=False).to(torch.uint8)),
+        "first_quarter": share(lambda x: x[: max(2, len(x) // 4)]),
+    }
+
+
+def run(config: TrainScorer, *, progress: bool = True) -> Path:
+    """Train, calibrate, audit and save. Returns the checkpoint folder."""
+    training, held_out = open_datasets(config.data, "train"), open_datasets(config.data, "held-out")
+    draw = SampleDraw(training, frame_labels, window=config.scorer.encoder.window, balance=True)
+    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "scorer"))
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    torch.manual_seed(config.loop.seed)
+    model = SuccessScorer(config.scorer, draw.spec)
+    provenance = {
+        "data": [str(d) for d in config.data],
+        "dataset_fingerprints": [s.dataset.fingerprint for s in training],
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+    }
+    stage = _ScorerStage(model, draw, held_out, tokenizer)
+    return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

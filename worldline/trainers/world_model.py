@@ -1,0 +1,163 @@
+"""Stage `world-model`: train the autoregressive denoiser on cached latents."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldline import checkpoint
+from worldline.errors import SpecMismatch
+from worldline.tokenizers import Tokenizer, load_tokenizer, whiten
+from worldline.trainers.inputs import LatentBatches, claim_output, fit_normalizers, open_datasets
+from worldline.trainers.loop import LoopConfig, train
+from worldline.types import Clip
+from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainWorldModel:
+    """Train an action-conditioned world model on a dataset.
+
+    Example: worldline train world-model --data data/drawer --tokenizer runs/tok --preset tiny --out runs/wm
+    """
+
+    data: tuple[Path, ...]
+    """Dataset folders; several are mixed by their number of frames."""
+    tokenizer: Path
+    """Folder of a trained tokenizer. A copy is saved beside the world model."""
+    out: Path
+    """Folder for the checkpoint. A run that was interrupted goes on there."""
+    stride: int = 1
+    """Dataset frames per world-model frame; action blocks grow with it."""
+    frames: int = 10
+    """Length of a training clip. Longer than the window, so that the cache's far edge is trained too."""
+    model: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    init_from: Path | None = None
+    """Start from the weights of another world model of the same shape (its normalisation is kept)."""
+    max_episodes: int | None = None
+    """Use only the first so many training episodes of each dataset."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.frames < 2:
+            raise ValueError(f"frames must be at least 2, got {self.frames}")
+
+
+def _model(width: int, depth: int, heads: int, window: int) -> AutoregressiveConfig:
+    return AutoregressiveConfig(network=TransformerConfig(width=width, depth=depth, heads=heads, window=window))
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": (
+        "6M weights; ten minutes on a 2-core CPU for a first dream, an hour or two for a good one",
+        {"model": _model(192, 6, 6, 8), "loop": LoopConfig(steps=3000, batch_size=8, lr=1e-3, ema=0.998)},
+    ),
+    "small": (
+        "45M weights; a night on one consumer GPU",
+        {
+            "model": _model(512, 8, 8, 12),
+            "frames": 16,
+            "loop": LoopConfig(steps=60_000, batch_size=32, lr=4e-4, ema=0.9995),
+        },
+    ),
+    "base": (
+        "400M weights, three views of 192x320; days on one data-centre GPU",
+        {
+            "model": _model(1024, 16, 16, 12),
+            "frames": 16,
+            "loop": LoopConfig(steps=200_000, batch_size=32, lr=2e-4, ema=0.9999),
+        },
+    ),
+    "large": (
+        "1.4B weights; many GPUs under `accelerate launch`",
+        {
+            "model": _model(1536, 26, 24, 16),
+            "frames": 20,
+            "loop": LoopConfig(steps=300_000, batch_size=8, lr=1e-4, ema=0.9999),
+        },
+    ),
+}
+
+
+class _WorldModelStage:
+    name = "world-model"
+
+    def __init__(
+        self, model: AutoregressiveWorldModel, batches: LatentBatches, held_out: LatentBatches, tokenizer: Tokenizer
+    ) -> None:
+        self.model, self.batches, self.held_out, self.tokenizer = model, batches, held_out, tokenizer
+
+    def batch(self, seed: int, step: int, size: int) -> Clip:
+        return self.batches.batch(seed, step, size)
+
+    def loss(self, model: Any, batch: Clip, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return model.loss(batch, generator)
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Rollout from one held-out frame to the end of a clip: error against copying it, true and shuffled actions."""
+        clip = self.held_out.batch(0, 0, 16)
+        first = Clip(
+            frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
+        )
+        state, seeds = model.observe(first), torch.arange(16)
+        target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
+
+        def error(latents: Mapping[str, Tensor]) -> float:
+            white = whiten({c: z.cpu() for c, z in latents.items()}, model.latent_spec)
+            return float(torch.stack([(white[c] - target[c]).square().mean() for c in target]).mean())
+
+        copied = error({c: z[:, :1].expand(-1, clip.actions.shape[1], -1, -1, -1) for c, z in clip.frames.items()})
+        true = error(model.imagine(state, clip.actions, seeds=seeds)[1].latents)
+        shuffled = error(model.imagine(state, clip.actions.roll(1, 0), seeds=seeds)[1].latents)
+        return {"error_vs_copy": true / copied, "shuffled_vs_true": shuffled / true}
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
+        model.save_pretrained(folder, provenance=provenance)
+        if not (folder / "tokenizer" / "config.json").is_file():
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_world_model(folder: str | Path) -> tuple[AutoregressiveWorldModel, Tokenizer]:
+    """A world model and the tokenizer saved beside it."""
+    folder = checkpoint.resolve(folder)
+    return AutoregressiveWorldModel.from_pretrained(folder), load_tokenizer(folder / "tokenizer")
+
+
+def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
+    """Train and save. Returns the checkpoint folder."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    cameras = [c.name for c in tokenizer.cameras]
+    training = open_datasets(config.data, "train", cameras=cameras, max_episodes=config.max_episodes)
+    held_out = open_datasets(config.data, "held-out", cameras=cameras)
+    claim_output(
+        config.out, "world-model", config, identity=("data", "tokenizer", "stride", "frames", "model", "max_episodes")
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
+    batches = LatentBatches(training, tokenizer, **options)
+    if config.init_from:
+        model = AutoregressiveWorldModel.from_pretrained(config.init_from)
+        if model.spec != batches.spec:
+            raise SpecMismatch(
+                f"--init-from {config.init_from}: a world model of the same spec and tokenizer is required"
+            )
+    else:
+        torch.manual_seed(config.loop.seed)
+        actions, poses = fit_normalizers(training)
+        model = AutoregressiveWorldModel(config.model, batches.spec, action_normalizer=actions, pose_normalizer=poses)
+    stage = _WorldModelStage(model, batches, LatentBatches(held_out, tokenizer, **options), tokenizer)
+    provenance = {
+        "data": [str(d) for d in config.data],
+        "dataset_fingerprints": [s.dataset.fingerprint for s in training],
+        "tokenizer": tokenizer.fingerprint,
+        "init_from": str(config.init_from) if config.init_from else None,
+        "weights": sum(p.numel() for p in model.parameters()),
+    }
+    return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -112,3 +112,13 @@ def episode_success(done: Bool[Tensor, "n t"], *, persist: int) -> Bool[Tensor, 
     if done.shape[1] < persist:
         return torch.zeros(len(done), dtype=torch.bool)
     return done.unfold(1, persist, 1).all(2).any(1)
+
+
+def episode_probability(probability: Float[Tensor, "n t"], *, persist: int) -> Float[Tensor, " n"]:
+    """The highest level that the success probability kept up for `persist` frames in a row.
+
+    An episode counts as a success at threshold x exactly if this exceeds x (`episode_success` of `probability > x`).
+    """
+    if probability.shape[1] < persist:
+        return torch.zeros(len(probability))
+    return probability.unfold(1, persist, 1).amin(2).amax(1)

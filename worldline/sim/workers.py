@@ -1,7 +1,7 @@
 """Several worlds in lockstep, in this process or spread over worker processes; the policy stays in the caller's process.
 
 Drawing the pictures is the cost: with two 64x64 Meta-World cameras a frame takes 25-30 ms to simulate and draw, a small
-convolutional policy 2-5 ms. So the worlds are what is spread (two processes on two cores are nearly twice as fast),
+convolutional policy 2-5 ms. So the worlds are what is spread (two processes on two cores were 1.7 times as fast),
 pictures of 12 KB come back through pipes, and the policy is asked once for all rows together. It needs no pickling and may
 live on a GPU.
 """

@@ -17,7 +17,8 @@ from scipy import optimize
 from torch import Tensor
 
 from worldline.errors import DatasetError
-from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_success
+from worldline.eval.calibration import best_threshold
+from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.trainers.inputs import Selection, claim_output, open_datasets
 from worldline.trainers.loop import LoopConfig, train
@@ -152,31 +153,17 @@ def calibrate(
     scaled = scorer.calibrated(scale=float(np.exp(fit.x[0])), offset=float(fit.x[1]))
     persist = scorer.config.persist
     truth = torch.stack([episode_success(d[None], persist=persist)[0] for d in done])
-    probability = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset) for z in logits]
-    threshold = best_threshold(probability, truth, persist)
-    said = torch.stack([episode_success((p > threshold)[None], persist=persist)[0] for p in probability])
+    scores = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset)[None] for z in logits]
+    probability = torch.cat([episode_probability(p, persist=persist) for p in scores])
+    both = bool(truth.any()) and not bool(truth.all())
+    threshold = best_threshold(probability, truth) if both else 0.5
+    said = probability > threshold
     facts = {
         "held_out_episodes": len(truth),
         "held_out_successes": int(truth.sum()),
         "episode_accuracy": float((said == truth).float().mean()),
     }
     return scaled.calibrated(threshold=threshold), facts
-
-
-def best_threshold(probability: Sequence[Tensor], truth: Tensor, persist: int) -> float:
-    """The probability threshold whose episode decisions have the best balanced accuracy; the middle of ties.
-
-    0.5 if only one kind of episode is there to judge by.
-    """
-    if truth.all() or not truth.any():
-        return 0.5
-    grid = torch.linspace(0.05, 0.95, 37)
-    score = []
-    for threshold in grid:
-        said = torch.stack([episode_success((p > threshold)[None], persist=persist)[0] for p in probability])
-        score.append((said[truth].float().mean() + (~said[~truth]).float().mean()) / 2)
-    best = (torch.stack(score) >= max(score) - 1e-6).nonzero().flatten()
-    return float(grid[best[len(best) // 2]])
 
 
 def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, float]:
@@ -189,7 +176,7 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
         for s, number in episodes:
             video = {c: change(s.store.frames(number, c)) for c in scorer.encoder.names}
             p = torch.sigmoid(config.scale * score_video(scorer, video) + config.offset)
-            said.append(episode_success((p > config.threshold)[None], persist=persist)[0])
+            said.append(episode_probability(p[None], persist=persist)[0] > config.threshold)
         return float(torch.stack(said).float().mean()) if said else float("nan")
 
     if not episodes:

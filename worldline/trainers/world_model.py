@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldline import checkpoint
 from worldline.errors import SpecMismatch
 from worldline.tokenizers import Tokenizer, load_tokenizer, whiten
 from worldline.trainers.inputs import LatentBatches, claim_output, fit_normalizers, open_datasets
@@ -122,12 +121,6 @@ class _WorldModelStage:
         model.save_pretrained(folder, provenance=provenance)
         if not (folder / "tokenizer" / "config.json").is_file():
             self.tokenizer.save_pretrained(folder / "tokenizer")
-
-
-def load_world_model(folder: str | Path) -> tuple[AutoregressiveWorldModel, Tokenizer]:
-    """A world model and the tokenizer saved beside it."""
-    folder = checkpoint.resolve(folder)
-    return AutoregressiveWorldModel.from_pretrained(folder), load_tokenizer(folder / "tokenizer")
 
 
 def run(config: TrainWorldModel, *, progress: bool = True) -> Path:

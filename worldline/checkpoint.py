@@ -7,10 +7,12 @@ and renamed, so a full disk or a kill leaves the previous checkpoint whole.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, TypeVar
 
 import huggingface_hub
@@ -32,10 +34,11 @@ def to_json(value: Any) -> Any:
     return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
-def from_json(cls: type[T], data: Any, *, source: str) -> T:
+def from_json(cls: type[T] | GenericAlias, data: Any, *, source: str) -> T:
     """The dataclass `cls` from plain JSON types, every field checked. Raises `CheckpointError` naming `source`."""
+    form: Any = cls  # a class, or a form such as tuple[CameraSpec, ...]
     try:
-        return TypeAdapter(cls).validate_python(_tuples(data))
+        return TypeAdapter(form).validate_python(_tuples(data))
     except ValidationError as error:
         raise CheckpointError(f"{source}: not a valid {cls.__name__}: {error}") from error
 
@@ -50,16 +53,29 @@ def _tuples(data: Any) -> Any:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write beside `path`, flush to disk, rename over it: readers see the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """`write_atomic` of files that belong together: none is renamed into place before all are on disk.
+
+    Raises `CheckpointError` if the disk is full or the folder cannot be written; the old files are then as they were.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = None
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[path], "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        for leftover in temporary.values():
+            if leftover.exists():
+                leftover.unlink()
         raise CheckpointError(
             f"{path}: could not be written ({error.strerror}); nothing was changed there. "
             "Free space or choose another --out, then run the same command again: it resumes."
@@ -67,7 +83,20 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    write_atomic(path, json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n")
+    write_atomic(path, _json_text(data))
+
+
+def _finite(value: Any) -> Any:
+    """Infinities and NaN by name: JSON has neither, and a measured fact may be one (the PSNR of an exact copy)."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json_text(data: Any) -> str:
+    return json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -82,9 +111,19 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_atomic(
-        path, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    )
+    write_atomic(path, _tensor_bytes(tensors))
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors that share memory (tied weights, views) are written once each: safetensors refuses them otherwise."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return safetensors.torch.save(separate)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -120,13 +159,15 @@ def save_part(
 ) -> None:
     """Write one trained part (`part` is 'tokenizer', 'world-model', 'policy' or 'scorer'; `kind` its class)."""
     folder = Path(folder)
-    write_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "spec.json", to_json(spec))
-    write_json(
-        folder / "config.json",
-        {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": dict(provenance)},
+    about = {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": _finite(provenance)}
+    write_together(
+        {
+            folder / "model.safetensors": _tensor_bytes(tensors),
+            folder / "spec.json": _json_text(to_json(spec)),
+            folder / "config.json": _json_text(about),
+            folder / "README.md": _card(part, kind, provenance),
+        }
     )
-    write_atomic(folder / "README.md", _card(part, kind, provenance))
 
 
 def load_tensors(module: torch.nn.Module, folder: str | Path) -> None:

@@ -35,9 +35,10 @@ class ExecutorState:
         )
 
     def where(self, mask: Bool[Tensor, " n"], other: "ExecutorState") -> "ExecutorState":
+        width = max(self.queue.shape[1], other.queue.shape[1])
         return ExecutorState(
             policy=self.policy.where(mask, other.policy),
-            queue=torch.where(mask[:, None, None], other.queue, self.queue),
+            queue=torch.where(mask[:, None, None], _widen(other.queue, width), _widen(self.queue, width)),
             queued=torch.where(mask, other.queued, self.queued),
             asked=torch.where(mask, other.asked, self.asked),
         )
@@ -90,6 +91,10 @@ class ChunkExecutor:
             raise PolicyError(
                 f"a chunk of at least {max(m, self.k)} actions is required (k = {self.k}), the policy returned {chunk.shape[1]}"
             )
+        if chunk.shape[2] != self.policy.spec.action.dim:
+            raise PolicyError(
+                f"actions of {self.policy.spec.action.dim} dimensions required, the policy returned {chunk.shape[2]}"
+            )
         if not torch.isfinite(chunk).all():
             raise PolicyError(
                 f"the policy returned NaN or infinite actions in {int((~torch.isfinite(chunk)).sum())} places"
@@ -108,6 +113,11 @@ class ChunkExecutor:
         position[rows] = torch.arange(len(rows))
         merged = state.policy.where(mask, held.index(position))
         return ExecutorState(policy=merged, queue=queue, queued=queued, asked=asked)
+
+
+def _widen(queue: Tensor, width: int) -> Tensor:
+    """Room for `width` actions: queues differ in length between a fresh state and one that holds a chunk."""
+    return torch.nn.functional.pad(queue, (0, 0, 0, width - queue.shape[1]))
 
 
 def index_observation(observation: Observation, rows: Int[Tensor, " r"]) -> Observation:

@@ -178,8 +178,8 @@ class Clip:
     """A batch of windows. `frames` holds uint8 pixels or raw float latents; a camera may be absent from some rows."""
 
     frames: Mapping[str, Shaped[Tensor, "b t c _h _w"]]
-    actions: Float[Tensor, "b t-1 k a"]
     poses: Float[Tensor, "b t p"]
+    actions: Float[Tensor, "b t-1 k a"]  # k is frames_per_latent times the control steps where frames are latents
     present: Mapping[str, Bool[Tensor, " b"]] = field(default_factory=dict)  # cameras not named are present everywhere
     instruction: tuple[str, ...] = ()
 
@@ -255,6 +255,19 @@ class VideoTokenizer(Protocol):
     def decode(
         self, latents: Mapping[str, Float[Tensor, "b f c2 _h _w"]]
     ) -> Mapping[str, UInt8[Tensor, "b t c _h _w"]]: ...
+
+
+@runtime_checkable
+class StreamingTokenizer(VideoTokenizer, Protocol):
+    """A tokenizer that compresses time: decoding latent i of a stream needs what came before it."""
+
+    def start(self, n: int) -> RowState: ...
+
+    def decode_next(
+        self, state: Any, latents: Mapping[str, Float[Tensor, "n f c _h _w"]]
+    ) -> tuple[RowState, Mapping[str, UInt8[Tensor, "n t c2 _h _w"]]]:
+        """The r frames (one for the first) of each latent that follows."""
+        ...
 
 
 @runtime_checkable

@@ -168,7 +168,7 @@ def _paired_dimensions(dataset: LeRobotDataset) -> list[tuple[int, int]]:
         name = name.lower().removeprefix("delta_").removesuffix("_velocity")
         return name[1:] if len(name) > 1 and name[0] == "d" and name[1:] in poses else name
 
-    poses = {name.lower(): i for i, name in enumerate(dataset.spec.pose_names)}
+    poses = {name.lower().removeprefix("hand_"): i for i, name in enumerate(dataset.spec.pose_names)}
     return [(i, poses[plain(n)]) for i, n in enumerate(dataset.spec.action.names) if plain(n) in poses]
 
 

@@ -24,7 +24,7 @@ class LevelDistribution:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.clean and 0 <= self.pure and self.clean + self.pure <= 1):
+        if not (self.clean >= 0 and self.pure >= 0 and self.clean + self.pure <= 1):
             raise ValueError(
                 f"atoms must be probabilities that sum to at most 1, got clean={self.clean}, pure={self.pure}"
             )

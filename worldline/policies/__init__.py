@@ -1,5 +1,7 @@
 """Policies from pixels and poses, alike in simulator and dream."""
 
+from typing import Any
+
 from worldline.errors import PolicyError
 from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
@@ -38,9 +40,9 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     return Corrupted(policy, **_corruption(name, options)) if options else policy
 
 
-def _corruption(name: str, options: str) -> dict[str, float | int]:
+def _corruption(name: str, options: str) -> dict[str, Any]:
     kinds = {"noise": float, "lag": int}
-    settings: dict[str, float | int] = {}
+    settings: dict[str, Any] = {}
     for item in options.split(","):
         key, _, value = item.partition("=")
         try:

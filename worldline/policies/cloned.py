@@ -102,6 +102,9 @@ class ClonedPolicy(nn.Module):
         action_normalizer, pose_normalizer: fitted on the demonstrations.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         config: PolicyConfig,

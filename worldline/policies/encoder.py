@@ -28,6 +28,9 @@ class EncoderConfig:
 
 
 class CameraEncoder(nn.Module):
+    grid_x: Tensor
+    grid_y: Tensor
+
     def __init__(self, config: EncoderConfig, camera: CameraSpec) -> None:
         super().__init__()
         self.config = config
@@ -40,7 +43,8 @@ class CameraEncoder(nn.Module):
                 nn.GroupNorm(8, after),
                 nn.SiLU(),
             ]
-        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.net = nn.Sequential(*layers)
+        self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             h, w = self.net(torch.zeros(1, widths[0], self.size[0] // 2, self.size[1] // 2)).shape[-2:]
         self.squeeze = nn.Conv2d(widths[-1], 8, 1)

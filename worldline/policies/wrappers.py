@@ -39,6 +39,7 @@ class Corrupted:
         policy: the policy to corrupt.
         noise: standard deviation of Gaussian noise on each action, in half-ranges of the action.
         lag: control steps by which every action comes late; the middle of the range is sent until the first arrives.
+            Exact where all whole blocks of a chunk are sent (an executor without `execute`).
     """
 
     def __init__(self, policy: Policy, *, noise: float = 0.0, lag: int = 0) -> None:
@@ -55,6 +56,8 @@ class Corrupted:
         self, observation: Observation, state: CorruptedState, *, seeds: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n m a"], CorruptedState]:
         chunk, inner = self.policy.act(observation, state.inner, seeds=seeds)
+        k = self.spec.control_steps
+        chunk = chunk[:, : max(1, chunk.shape[1] // k) * k]  # the rest is never sent, so it must not come late either
         half = (self.high - self.low) / 2
         noisy = chunk + self.noise * half * row_noise(seeds, 0, 0, tuple(chunk.shape[1:]), stream=7)
         queue = torch.cat([state.pending, noisy.clamp(self.low, self.high)], dim=1)

@@ -66,7 +66,8 @@ class Timer:
 class Dream:
     """A world model as an environment.
 
-    Raises `SpecMismatch` if the tokenizer is not the one the world model was trained with.
+    Raises `SpecMismatch` if the tokenizer is not the one the world model was trained with, or if the model makes more than
+    one frame at a time.
     """
 
     def __init__(self, world_model: WorldModel, tokenizer: VideoTokenizer, *, timer: Timer | None = None) -> None:
@@ -75,6 +76,11 @@ class Dream:
             raise SpecMismatch(
                 f"tokenizer {latent.fingerprint if latent else 'with latents'} required by the world model, "
                 f"got {tokenizer.latent_spec.fingerprint}. Use the tokenizer saved beside the world model."
+            )
+        if latent.frames_per_latent != 1 or world_model.spec.chunk != 1:
+            raise SpecMismatch(
+                "a world model of one frame a step is required (chunk 1, frames_per_latent 1), got chunk "
+                f"{world_model.spec.chunk}, frames_per_latent {latent.frames_per_latent}: a policy acts at every frame."
             )
         self.world_model, self.tokenizer, self.spec = world_model, tokenizer, world_model.spec
         self.timer = timer or Timer()
@@ -179,6 +185,7 @@ def _rollout(
     for i in range(frames):
         if i:
             if executor is not None:
+                assert acting is not None
                 with timer("policy"):
                     block, acting = executor.block(state.observation, acting, seeds=seeds)
             else:

@@ -48,7 +48,7 @@ class SuccessScorer(nn.Module):
 
     def logits(self, frames: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         """Uncalibrated logits of uint8 windows "n (window c) h w", oldest frame first."""
-        device = self.head[0].weight.device
+        device = next(self.parameters()).device
         frames = {camera: x.to(device) for camera, x in frames.items()}
         n = len(next(iter(frames.values())))
         return self.head(self.encoder(frames, torch.zeros(n, 0, device=device)))[:, 0]
@@ -78,7 +78,7 @@ class SuccessScorer(nn.Module):
         state = TensorState(tensors={**past, "/started": torch.ones_like(started)}, rows=len(state))
         return state, Score(reward=probability, success=probability)
 
-    def calibrated(self, **changes: float) -> "SuccessScorer":
+    def calibrated(self, **changes: float | int) -> "SuccessScorer":
         """The same weights with other calibration (`scale`, `offset`, `threshold`, `persist`)."""
         other = object.__new__(SuccessScorer)
         other.__dict__ = self.__dict__ | {"config": replace(self.config, **changes)}

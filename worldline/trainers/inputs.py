@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from worldline.checkpoint import read_json, to_json, write_json
@@ -79,11 +81,13 @@ class LatentBatches:
         for s in selections:
             root = cache_root() / "latents" / f"{s.dataset.fingerprint}-{tokenizer.fingerprint}-s{stride}"
             tokenizer.to(device)
-            LatentCache.build(
+            # what `build` returns knows all these episodes, even while another process still rewrites the folder's index
+            cache = LatentCache.build(
                 root, s.dataset, tokenizer, stride=stride, episodes=s.episodes, progress=progress, device=device
             )
-            self.caches.append(LatentCache.open(root, tokenizer.fingerprint, dataset_fingerprint=s.dataset.fingerprint))
-        self.spec = self.caches[0].spec
+            self.caches.append(cache)
+        # the cache knows the statistics of the day it was made; they may have been fitted again since
+        self.spec = replace(self.caches[0].spec, latent=tokenizer.latent_spec)
 
     def batch(self, seed: int, step: int, size: int) -> Clip:
         counts = share(self.selections, seed, step, size)
@@ -142,6 +146,12 @@ def claim_output(out: Path, part: str, config: Any, *, identity: Sequence[str]) 
     Args:
         identity: names of the config's fields that must not change when a run goes on.
     """
+    # of several processes the first one claims, the others then find its claim
+    with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():
+        _claim(out, part, config, identity)
+
+
+def _claim(out: Path, part: str, config: Any, identity: Sequence[str]) -> None:
     record = {"part": part, "config": {k: v for k, v in to_json(config).items() if k in identity}}
     path = out / "training" / "run.json"
     if path.is_file():
@@ -161,9 +171,17 @@ def claim_output(out: Path, part: str, config: Any, *, identity: Sequence[str]) 
                 + "\n".join(changed)
                 + "\nUse those to resume it, or another --out."
             )
-    elif out.exists() and any(out.iterdir()):
-        raise CheckpointError(
-            f"{out}: an empty or new folder is required, it holds {sorted(p.name for p in out.iterdir())[:4]}. Choose another --out."
-        )
+    elif held := _held(out):
+        raise CheckpointError(f"{out}: an empty or new folder is required, it holds {held[:4]}. Choose another --out.")
     else:
         write_json(path, record)
+
+
+def _held(out: Path) -> list[str]:
+    """What is in the way of a new run. A claim that was cut short (no run.json was written) is not."""
+    if out.exists() and not out.is_dir():
+        return [f"a file named {out.name}"]
+    if not out.exists():
+        return []
+    empty_claim = not any(p for p in (out / "training").glob("*") if not p.name.startswith(".run.json."))
+    return sorted(p.name for p in out.iterdir() if not (p.name == "training" and empty_claim))

@@ -4,19 +4,25 @@
   resumes bit for bit.
 - Training state (weights, EMA, optimiser) is kept in `training/` beside the published checkpoint, written atomically as
   safetensors and JSON. The published weights are the EMA's.
-- A NaN or infinite loss stops the run and names the step; nothing is replaced or skipped.
+- A NaN or infinite loss or gradient stops the run before it reaches the weights and names the step; nothing is replaced
+  or skipped.
+- Ctrl-C saves, then stops. It is held back until the step under way is done, so that what is saved is a whole step.
 """
 
 import hashlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -62,11 +68,14 @@ class LoopConfig:
             raise ValueError(f"mixed_precision must be auto, no, fp16 or bf16, got {self.mixed_precision!r}")
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What the loop needs to know of what it trains."""
 
     name: str
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def batch(self, seed: int, step: int, size: int) -> Any:
         """The batch of one step: a function of its arguments alone."""
@@ -96,10 +105,16 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
 
     Returns `out`. Raises `CheckpointError` if the state there was made with other settings, `WorldlineError` on NaN.
     """
-    accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision))
+    AcceleratorState._reset_state()  # another run in this process may have used another precision
+    accelerator = Accelerator(
+        mixed_precision=_precision(config.mixed_precision),
+        # a model without poses or actions holds weights that no loss reaches
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     device, rank, ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     stage.model.to(device)
     ema = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+    ema.module.eval()  # it is only ever evaluated and published
     optimizer = torch.optim.AdamW(_groups(stage.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
     loss_module, optimizer = accelerator.prepare(_Loss(stage), optimizer)
     state = out / "training"
@@ -109,7 +124,7 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
         log.info("%s: already trained for %d steps", out, step)
     bar = tqdm(total=config.steps, initial=step, desc=stage.name, unit="step", disable=not (progress and rank == 0))
     started, metrics, running = time.monotonic() - seconds, {}, None
-    saved = step
+    saved, whole = step, True
 
     def save(last: bool) -> None:
         nonlocal saved
@@ -128,7 +143,6 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
             # --- evaluate ---------------------------------------------------------------------------------------------
             finished = step >= config.steps
             if step and writer and (step % config.eval_every == 0 or finished):
-                ema.module.eval()
                 metrics = dict(stage.evaluate(ema.module))
                 for name, value in metrics.items():
                     writer.add_scalar(f"eval/{name}", value, step)
@@ -144,33 +158,43 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
                 group["lr"] = config.lr * _schedule(step, config)
             stage.model.train()
             optimizer.zero_grad()
-            for i in range(config.accumulate):
-                draw = (step * config.accumulate + i) * ranks + rank
-                generator = torch.Generator().manual_seed(_mix_seed(config.seed, draw))
-                torch.manual_seed(_mix_seed(config.seed + 1, draw))
-                with accelerator.autocast():
-                    loss, shown = loss_module(stage.batch(config.seed, draw, config.batch_size), generator)
-                if not torch.isfinite(loss):
-                    raise WorldlineError(
-                        f"{stage.name}: the loss is {float(loss.detach())} at step {step} (rank {rank}). The last good state is "
-                        f"in {state}; look for NaN in the data (`worldline inspect`) or lower --loop.lr."
-                    )
-                accelerator.backward(loss / config.accumulate)
-            norm = accelerator.clip_grad_norm_(loss_module.parameters(), config.clip)
-            optimizer.step()
-            step += 1
-            _average(ema, stage.model, step, config.ema)
+            loss, shown = torch.zeros((), device=device), {}
+            with _held_back_interrupts():
+                for i in range(config.accumulate):
+                    draw = (step * config.accumulate + i) * ranks + rank
+                    generator = torch.Generator().manual_seed(_mix_seed(config.seed, draw))
+                    torch.manual_seed(_mix_seed(config.seed + 1, draw))
+                    batch = stage.batch(config.seed, draw, config.batch_size)
+                    whole = False  # a forward pass may change buffers
+                    # processes exchange gradients once a step, with the last batch
+                    with nullcontext() if i == config.accumulate - 1 else accelerator.no_sync(loss_module):
+                        with accelerator.autocast():
+                            loss, shown = loss_module(batch, generator)
+                        _require_finite(loss, "loss", f"{stage.name}, step {step}, rank {rank}", state)
+                        accelerator.backward(loss / config.accumulate)
+                norm = accelerator.clip_grad_norm_(loss_module.parameters(), config.clip)
+                if (
+                    accelerator.scaler is None and norm is not None
+                ):  # fp16's scaler meets infinite gradients by design, and skips them
+                    _require_finite(norm, "gradient norm", f"{stage.name}, step {step}, rank {rank}", state)
+                optimizer.step()
+                step += 1
+                _average(ema, stage.model, step, config.ema)
+                whole = True
 
             # --- log --------------------------------------------------------------------------------------------------
             running = loss.detach() if running is None else torch.lerp(running, loss.detach(), 0.05)
             bar.update()
             if writer and (step % 10 == 0 or step == config.steps):
-                bar.set_postfix(loss=f"{float(running):.4f}", **{k: f"{v:.3g}" for k, v in list(metrics.items())[:2]})
-                for name, value in {"loss": loss.detach(), "gradient_norm": norm, **shown}.items():
+                first = {k: f"{v:.3g}" for k, v in list(metrics.items())[:2]}
+                bar.set_postfix({"loss": f"{float(running):.4f}"} | first)
+                for name, value in {"loss": loss.detach(), "gradient_norm": norm or 0, **shown}.items():
                     writer.add_scalar(f"train/{name}", float(value), step)
+        accelerator.wait_for_everyone()  # the checkpoint is complete when any process returns
     except KeyboardInterrupt:
-        save(last=False)
-        log.warning("interrupted at step %d; run the same command again to go on from there", step)
+        if whole:  # else a second Ctrl-C cut a step in two
+            save(last=False)
+        log.warning("interrupted; saved at step %d, run the same command again to go on from there", saved)
         raise
     finally:
         bar.close()
@@ -178,6 +202,36 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
             writer.close()
         accelerator.end_training()
     return out
+
+
+def _require_finite(value: Tensor, what: str, where: str, state: Path) -> None:
+    if not torch.isfinite(value):
+        raise WorldlineError(
+            f"{where}: a finite {what} is required, got {float(value.detach())}. The last good state is in {state}; "
+            "look for NaN in the data (`worldline inspect`) or lower --loop.lr."
+        )
+
+
+@contextmanager
+def _held_back_interrupts() -> Iterator[None]:
+    """Deliver a Ctrl-C after the block, a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    arrived: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def _precision(wanted: str) -> str:
@@ -205,9 +259,7 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _average(ema: AveragedModel, model: nn.Module, step: int, decay: float) -> None:
     """EMA whose decay starts low, so that short runs are not averaged with the initial weights."""
     ema.multi_avg_fn = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    ema.update_parameters(model)
-    for averaged, current in zip(ema.module.buffers(), model.buffers()):
-        averaged.copy_(current)
+    ema.update_parameters(model)  # buffers are copied, not averaged
 
 
 def _mix_seed(seed: int, draw: int) -> int:

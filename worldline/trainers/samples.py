@@ -91,7 +91,8 @@ class SampleDraw:
 
     def batch(self, seed: int, step: int, size: int) -> Samples:
         """Moments of training step `step`: a function of the arguments alone."""
-        chosen = [pool[draw(len(pool), seed + i, step, size // len(self.pools))] for i, pool in enumerate(self.pools)]
+        sizes = [(size + i) // len(self.pools) for i in range(len(self.pools))]  # sums to `size`, odd sizes too
+        chosen = [pool[draw(len(pool), seed + i, step, sizes[i])] for i, pool in enumerate(self.pools)]
         return self.gather(torch.cat(chosen))
 
     def gather(self, indices: Tensor) -> Samples:

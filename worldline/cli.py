@@ -1,0 +1,201 @@
+"""`worldline <verb>`: thin. Every verb is a dataclass and one function; the dataclass is the help, and the function is
+what Python users call.
+
+Errors that a user can cause are printed without a traceback and end with exit code 2; an interruption ends with 130 and
+says how to go on.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from worldline.errors import WorldlineError
+
+VERBS = {
+    "record": "record episodes in a simulator into a LeRobot dataset",
+    "inspect": "report what a dataset holds and what is wrong with it",
+    "train": "train a tokenizer, world-model, scorer, policy or probe",
+    "imagine": "dream an episode: a video of real beside imagined",
+    "eval": "measure a world model on held-out episodes",
+    "rank": "rank policies by imagined rollouts",
+    "show": "print what a checkpoint is and how it was made",
+}
+STAGES = {
+    "tokenizer": "frames to latents and back",
+    "world-model": "the autoregressive denoiser",
+    "scorer": "a success scorer, calibrated and audited",
+    "policy": "clone demonstrations (bc or diffusion)",
+    "probe": "a regressor that reads positions or actions off frames",
+}
+USAGE = """usage: worldline VERB [options]      (worldline VERB --help says more)
+
+{verbs}
+
+A first session:
+  worldline record metaworld/drawer-open-v3 --episodes 200 --policy mixed --out data/drawer
+  worldline inspect data/drawer
+  worldline train tokenizer --data data/drawer --preset tiny --out runs/tok
+  worldline train world-model --data data/drawer --tokenizer runs/tok --preset tiny --out runs/wm
+  worldline imagine --world-model runs/wm --data data/drawer --episode 3 --out out.mp4
+
+Tab completion: worldline VERB --tyro-print-completion bash (or zsh, tcsh).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 0, 2 (an error of the user's) or 130 (interrupted)."""
+    logging.basicConfig(level=os.environ.get("WORLDLINE_LOG", "WARNING"), format="%(levelname)s: %(message)s")
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(args)
+    except (WorldlineError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        print(f"worldline: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("worldline: interrupted; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE.format(verbs=_listing(VERBS)))
+        return
+    verb, rest = args[0], args[1:]
+    if verb == "train":
+        _train(rest)
+    elif verb in VERBS:
+        _COMMANDS[verb](rest)
+    else:
+        raise WorldlineError(f"a verb is required, got {verb!r}. Verbs:\n{_listing(VERBS)}")
+
+
+def _listing(entries: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<12} {text}" for name, text in entries.items())
+
+
+def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positional: str | None = None) -> Any:
+    """The dataclass from flags. `positional` names the field that may stand first without its flag."""
+    if positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{positional.replace('_', '-')}", *rest]
+    options = {} if default is None else {"default": default}
+    return tyro.cli(
+        cls,
+        args=rest,
+        prog=f"worldline {verb}",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        **options,
+    )
+
+
+def _train(args: list[str]) -> None:
+    from worldline.trainers import policy, probe, scorer, tokenizer, world_model
+
+    modules: dict[str, tuple[Any, type]] = {
+        "tokenizer": (tokenizer, tokenizer.TrainTokenizer),
+        "world-model": (world_model, world_model.TrainWorldModel),
+        "scorer": (scorer, scorer.TrainScorer),
+        "policy": (policy, policy.TrainPolicy),
+        "probe": (probe, probe.TrainProbe),
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: worldline train STAGE [options]\n\n{_listing(STAGES)}")
+        return
+    stage, rest = args[0], args[1:]
+    if stage not in modules:
+        raise WorldlineError(f"a stage is required after train, got {stage!r}. Stages:\n{_listing(STAGES)}")
+    module, cls = modules[stage]
+    settings, rest = _preset(module.PRESETS, rest)
+    config = _parse(cls, f"train {stage}", rest, default=_partial(cls, settings))
+    print(f"done: {module.run(config)}")
+
+
+def _preset(presets: dict[str, tuple[str, dict[str, Any]]], args: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take `--preset NAME` and `--max-steps N` out of the arguments; every field of a preset can still be overridden."""
+    rest, name = [], "tiny"
+    i = 0
+    while i < len(args):
+        key, _, value = args[i].partition("=")
+        if key in ("--preset", "--max-steps"):
+            if not value:
+                i += 1
+                value = args[i] if i < len(args) else ""
+            if key == "--preset":
+                name = value
+            else:
+                rest += ["--loop.steps", value]
+        else:
+            rest.append(args[i])
+        i += 1
+    if name not in presets:
+        known = "\n".join(f"  {key:<8} {text}" for key, (text, _) in presets.items())
+        raise WorldlineError(f"--preset: one of these is required, got {name!r}:\n{known}")
+    if any(a in ("-h", "--help") for a in rest):
+        print("presets (--preset NAME, default tiny; --max-steps N is short for --loop.steps N):")
+        print("\n".join(f"  {key:<8} {text}" for key, (text, _) in presets.items()) + "\n")
+    return presets[name][1], rest
+
+
+def _partial(cls: type, settings: dict[str, Any]) -> Any:
+    """A default instance of `cls` in which fields without default are marked as still missing."""
+    import dataclasses
+
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name in settings:
+            values[f.name] = settings[f.name]
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            values[f.name] = tyro.MISSING
+    return cls(**values)
+
+
+def _record(rest: list[str]) -> None:
+    from worldline.commands.recording import Record, run_record
+
+    print(f"done: {run_record(_parse(Record, 'record', rest, positional='world'))}")
+
+
+def _inspect(rest: list[str]) -> None:
+    from worldline.commands.recording import Inspect, run_inspect
+
+    out = run_inspect(_parse(Inspect, "inspect", rest, positional="data"))
+    print(f"done: {out / 'report.html'} and {out / 'report.json'}")
+
+
+def _imagine(rest: list[str]) -> None:
+    from worldline.commands.dreaming import Imagine, run_imagine
+
+    print(f"done: {run_imagine(_parse(Imagine, 'imagine', rest))}")
+
+
+def _eval(rest: list[str]) -> None:
+    from worldline.commands.dreaming import Evaluate, run_eval
+
+    out = run_eval(_parse(Evaluate, "eval", rest))
+    print(f"done: {out / 'report.html'} and {out / 'report.json'}")
+
+
+def _rank(rest: list[str]) -> None:
+    from worldline.commands.ranking import Rank, run_rank
+
+    out = run_rank(_parse(Rank, "rank", rest))
+    print(f"done: {out / 'report.html'} and {out / 'report.json'}")
+
+
+def _show(rest: list[str]) -> None:
+    from worldline.commands.showing import Show, run_show
+
+    print(run_show(_parse(Show, "show", rest, positional="folder")))
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "record": _record,
+    "inspect": _inspect,
+    "imagine": _imagine,
+    "eval": _eval,
+    "rank": _rank,
+    "show": _show,
+}

@@ -1,0 +1,158 @@
+"""The page of a ranking: tables, plots and remarks from what `eval.ranking` found."""
+
+from typing import Any
+
+from worldline.commands.dreaming import add_diagnostic
+from worldline.eval import Interval, Report, ranking_scatter, success_bars
+from worldline.eval.ranking import Ranked, ReplayDiagnostic, policy_table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def _span(interval: dict[str, Any] | Interval | None) -> str:
+    if interval is None:
+        return "–"
+    low, high = (interval["low"], interval["high"]) if isinstance(interval, dict) else (interval.low, interval.high)
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def ranking_page(
+    report: Report,
+    has_data: bool,
+    ranked: Ranked,
+    diagnostic: ReplayDiagnostic | None,
+    results: dict[str, Any],
+    warnings: list[str],
+) -> None:
+    for warning in warnings:
+        report.warning(warning)
+    rows = results["policies"]
+    best = rows[0]
+    report.text(
+        f"**{best['policy']}** looks best in imagination: {best['imagined']:.0%} of {best['imagined_episodes']} imagined "
+        f"episodes succeed (95% interval {_span(best['imagined_interval'])}). Policies that share a letter cannot be told "
+        "apart with this many episodes."
+    )
+    columns = ["policy", "imagined success", "95% interval", "letters"]
+    cells = [[r["policy"], f"{r['imagined']:.0%}", _span(r["imagined_interval"]), r["letters"]] for r in rows]
+    if ranked.truth is not None:
+        columns += ["true success", "95% interval (true)"]
+        cells = [[*c, f"{r['real']:.0%}", _span(r["real_interval"])] for c, r in zip(cells, rows)]
+    report.table("Ranking", columns, cells)
+    if ranked.statistics is not None:
+        _agreement(report, ranked)
+    names = [r["policy"] for r in rows]
+    rates = {"imagined": [r["imagined"] for r in rows]}
+    intervals = {"imagined": [Interval(**r["imagined_interval"]) for r in rows]}
+    if ranked.truth is not None:
+        rates["true"] = [r["real"] for r in rows]
+        intervals["true"] = [Interval(**r["real_interval"]) for r in rows]
+    report.plot("Success by policy", success_bars(rates, intervals, names))
+    _correction(report, ranked)
+    needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
+    report.table(
+        "Imagined rollouts each that would separate neighbours (80% power)",
+        ["policy", "next", "difference", "rollouts"],
+        needed,
+    )
+    if diagnostic is not None:
+        add_diagnostic(report, diagnostic)
+    elif not has_data:
+        report.warning("No --data given: the replay diagnostic, the cheapest test of model and scorer, was not run.")
+
+
+def _agreement(report: Report, ranked: Ranked) -> None:
+    s = ranked.statistics
+    assert s is not None
+    real = {r["policy"]: r for r in policy_table(ranked)}
+    report.plot(
+        "Imagined against true success",
+        ranking_scatter(
+            s,
+            real_intervals=[Interval(**real[n]["real_interval"]) for n in s.policies],
+            imagined_intervals=[Interval(**real[n]["imagined_interval"]) for n in s.policies],
+        ),
+    )
+    floor, ceiling = s.mmrv_perfect_floor, s.pearson_perfect_ceiling
+    rows = [
+        [
+            "Pearson r",
+            _number(s.pearson),
+            f"policies {_span(s.pearson_interval_policy)}, rollouts {_span(s.pearson_interval_rollouts)}, jackknife {_span(s.pearson_jackknife)}",
+        ],
+        [
+            "r, one policy a lineage",
+            _number(s.pearson_independent),
+            _span(
+                Interval(
+                    low=s.pearson_independent_range[0], high=s.pearson_independent_range[1], level=1.0, method="range"
+                )
+            )
+            if s.pearson_independent_range
+            else "–",
+        ],
+        [
+            "r of a perfect model at these counts",
+            _number(ceiling.mean if ceiling else None),
+            _span(ceiling.band) if ceiling else "–",
+        ],
+        ["Spearman ρ", _number(s.spearman), ""],
+        ["Kendall τ", _number(s.kendall), ""],
+        ["MMRV", _number(s.mmrv), f"{s.mmrv_convention}; rollouts {_span(s.mmrv_interval_rollouts)}"],
+        [
+            "MMRV of a perfect model at these counts",
+            _number(floor.mean if floor else None),
+            _span(floor.band) if floor else "–",
+        ],
+        ["bias (imagined - true)", f"{s.bias:+.3f}", _span(s.bias_interval_rollouts)],
+        ["top-1 regret", _number(s.top1_regret), "true success lost by taking imagination's favourite"],
+        [
+            "permutation p",
+            _number(s.permutation_p, 4),
+            f"no smaller than {s.permutation_floor:.2g} is possible with {len(s.policies)} policies",
+        ],
+        [
+            "leave-one-out r",
+            "",
+            _span(Interval(low=s.leave_one_out_range[0], high=s.leave_one_out_range[1], level=1.0, method="range"))
+            if s.leave_one_out_range
+            else "–",
+        ],
+    ]
+    report.table("Agreement with the truth", ["", "value", "95% interval, remark"], rows)
+    for note in s.notes:
+        report.text(f"*{note}*")
+
+
+def _correction(report: Report, ranked: Ranked) -> None:
+    found = ranked.corrected
+    if not found or not found["policies"]:
+        return
+    m = found["real_rollouts"]
+    rows = [
+        [
+            p["policy"],
+            p["imagined_only"],
+            p["real_only"],
+            _span(p["real_only_interval"]),
+            p["estimate"],
+            _span(p["interval"]),
+            p["truth_mean"],
+        ]
+        for p in found["policies"]
+    ]
+    report.table(
+        f"Bias correction with {m} true rollouts a policy (prediction-powered inference)",
+        [
+            "policy",
+            "imagined alone",
+            f"{m} true alone",
+            "95% interval",
+            "corrected",
+            "95% interval (corrected)",
+            "all true rollouts",
+        ],
+        rows,
+    )

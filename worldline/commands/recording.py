@@ -1,0 +1,143 @@
+"""Verbs `record` and `inspect`: make a dataset in a simulator, and say what is in one."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from worldline.data import LeRobotDataset, inspect_dataset
+from worldline.errors import DatasetError
+from worldline.eval import Report
+from worldline.policies import load_policy
+from worldline.sim.base import make_world
+from worldline.sim.behaviours import POLICIES
+from worldline.sim.record import record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Record episodes in a simulator into a LeRobot dataset.
+
+    Example: worldline record metaworld/drawer-open-v3 --episodes 200 --policy mixed --out data/drawer
+    """
+
+    world: str
+    """metaworld/<task>, or gym/<environment id> for any Gymnasium environment with rgb_array rendering."""
+    out: Path
+    """Folder for the dataset. A recording that was interrupted goes on there."""
+    episodes: int = 200
+    policy: str = "mixed"
+    """mixed (experts, perturbed experts, random, play), one of its parts, a policy folder, module:function, ws://host:port."""
+    cameras: tuple[str, ...] = ()
+    """Views to record; the world's own by default (Meta-World: corner2 gripperPOV)."""
+    size: int = 64
+    """Height and width of the frames."""
+    seed: int = 0
+    horizon: int = 160
+    """Control steps of an episode."""
+    control_steps: int = 4
+    """Control steps between two frames."""
+    processes: int | None = None
+    """Worker processes; one a core by default."""
+
+
+def run_record(config: Record, *, progress: bool = True) -> Path:
+    """Record, and return the dataset's folder. Goes on with an interrupted recording of the same settings."""
+    policy: Any = config.policy
+    if policy not in POLICIES:
+        if not _names_a_policy(policy):
+            raise DatasetError(
+                f"--policy {policy!r}: one of {', '.join(POLICIES)}, a policy folder, module:function or ws://host:port required"
+            )
+        policy = partial(_load, config)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return record(
+        config.world,
+        config.out,
+        episodes=config.episodes,
+        policy=policy,
+        label=config.policy,
+        cameras=config.cameras or None,
+        size=config.size,
+        seed=config.seed,
+        horizon=config.horizon,
+        control_steps=config.control_steps,
+        processes=config.processes or min(cores, max(1, config.episodes // 8)),
+        resume=(config.out / ".staging").is_dir(),
+        progress=progress,
+    )
+
+
+def _names_a_policy(name: str) -> bool:
+    base = name.partition("@")[0]
+    return ":" in base or Path(base).is_dir() or "/" in base
+
+
+def _load(config: Record) -> Any:
+    """Called once in every worker process."""
+    options = {"size": config.size, "horizon": config.horizon, "control_steps": config.control_steps}
+    world = make_world(config.world, cameras=config.cameras or None, **options)
+    try:
+        return load_policy(config.policy, spec=world.spec)
+    finally:
+        world.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Report what a dataset holds and what is wrong with it.
+
+    Example: worldline inspect data/drawer
+    """
+
+    data: Path
+    """Dataset folder (LeRobotDataset v2.1 or v3.0)."""
+    out: Path | None = None
+    """Folder for the report; reports/inspect-NAME by default."""
+    max_episodes: int | None = None
+    """Look at only so many episodes."""
+
+
+def run_inspect(config: Inspect, *, progress: bool = True) -> Path:
+    """Write the report and return its folder."""
+    dataset = LeRobotDataset(config.data)
+    found = inspect_dataset(dataset, max_episodes=config.max_episodes)
+    out = config.out or Path("reports") / f"inspect-{config.data.name}"
+    report = Report(f"Dataset {config.data.name}", command=f"worldline inspect {config.data}")
+    for problem in found.problems:
+        where = "dataset" if problem.episode is None else f"episode {problem.episode}"
+        report.warning(f"{problem.kind}: {where}, {problem.column}: {problem.detail}")
+    summary = dict(found.summary)
+    plain = [[k, _plain(v)] for k, v in summary.items() if not isinstance(v, dict)]
+    report.table("At a glance", ["", "value"], plain)
+    for key, value in summary.items():
+        if isinstance(value, dict) and value:
+            rows = list(value.items())
+            if isinstance(rows[0][1], dict):
+                columns = list(rows[0][1])
+                report.table(
+                    key.replace("_", " "),
+                    ["", *columns],
+                    [[name, *(_plain(row.get(c)) for c in columns)] for name, row in rows],
+                )
+            else:
+                report.table(key.replace("_", " "), ["", "value"], [[name, _plain(v)] for name, v in rows])
+    for title, picture in found.pictures.items():
+        report.image(title, _image(picture))
+    report.write(out, found.to_dict())
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float | int | str) or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in value)
+    return str(value)
+
+
+def _image(picture: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)

@@ -1,0 +1,40 @@
+"""Verb `show`: what a checkpoint folder is, how it was made, and what it was measured to do."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worldline import checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Show:
+    """Print a checkpoint's spec, config, metrics and provenance.
+
+    Example: worldline show runs/wm
+    """
+
+    folder: Path
+    """A tokenizer, world model, policy, scorer or probe."""
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything a checkpoint says of itself."""
+    folder = checkpoint.resolve(folder)
+    config = checkpoint.read_json(folder / "config.json")
+    tensors = checkpoint.read_tensors(folder / "model.safetensors")
+    return {
+        "folder": str(folder),
+        "part": config["part"],
+        "kind": config["kind"],
+        "weights": sum(t.numel() for t in tensors.values()),
+        "provenance": config["provenance"],
+        "config": config["config"],
+        "spec": checkpoint.read_json(folder / "spec.json"),
+    }
+
+
+def run_show(config: Show) -> str:
+    """The description as text."""
+    return json.dumps(describe(config.folder), indent=2)

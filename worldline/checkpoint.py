@@ -157,7 +157,7 @@ def save_part(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one trained part (`part` is 'tokenizer', 'world-model', 'policy' or 'scorer'; `kind` its class)."""
+    """Write one trained part (`part` is 'tokenizer', 'world-model', 'policy', 'scorer' or 'probe'; `kind` its class)."""
     folder = Path(folder)
     about = {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": _finite(provenance)}
     write_together(
@@ -203,7 +203,7 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload a checkpoint folder (without its training state) and return its address."""
     huggingface_hub.create_repo(repo, private=private, exist_ok=True)
     return str(
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["training/*", "events.*"])
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["training/*", "tensorboard/*"])
     )
 
 

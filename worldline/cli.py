@@ -5,6 +5,7 @@ Errors that a user can cause are printed without a traceback and end with exit c
 says how to go on.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -51,7 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=os.environ.get("WORLDLINE_LOG", "WARNING"), format="%(levelname)s: %(message)s")
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        finally:
+            sys.stdout.flush()  # `--help | head`: a closed pipe shows here, not when the interpreter exits
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except (WorldlineError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"worldline: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -82,16 +89,20 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
     if positional and rest and not rest[0].startswith("-"):
         rest = [f"--{positional.replace('_', '-')}", *rest]
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        cls,
-        args=rest,
-        prog=f"worldline {verb}",
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-        **options,
-    )
+    try:
+        return tyro.cli(
+            cls,
+            args=rest,
+            prog=f"worldline {verb}",
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+            **options,
+        )
+    except ValueError as error:  # a config's own check; older tyro lets those of the outermost config through
+        raise WorldlineError(f"{verb}: {error}") from error
 
 
 def _train(args: list[str]) -> None:
+    from worldline.commands.outputs import release_claim
     from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 
     modules: dict[str, tuple[Any, type]] = {
@@ -110,7 +121,12 @@ def _train(args: list[str]) -> None:
     module, cls = modules[stage]
     settings, rest = _preset(module.PRESETS, rest)
     config = _parse(cls, f"train {stage}", rest, default=_partial(cls, settings))
-    print(f"done: {module.run(config)}")
+    try:
+        out = module.run(config)
+    except WorldlineError:
+        release_claim(config.out)
+        raise
+    print(f"done: {out}")
 
 
 def _preset(presets: dict[str, tuple[str, dict[str, Any]]], args: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -140,16 +156,17 @@ def _preset(presets: dict[str, tuple[str, dict[str, Any]]], args: list[str]) -> 
 
 
 def _partial(cls: type, settings: dict[str, Any]) -> Any:
-    """A default instance of `cls` in which fields without default are marked as still missing."""
-    import dataclasses
+    """A default instance of `cls` in which fields without default are marked as still missing.
 
-    values = {}
+    The constructor and its checks are left out: they are for whole configs, and tyro calls them with what it parsed.
+    """
+    instance = object.__new__(cls)
     for f in dataclasses.fields(cls):
-        if f.name in settings:
-            values[f.name] = settings[f.name]
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            values[f.name] = tyro.MISSING
-    return cls(**values)
+        value = settings.get(f.name, f.default)
+        if value is dataclasses.MISSING:
+            value = tyro.MISSING if f.default_factory is dataclasses.MISSING else f.default_factory()
+        object.__setattr__(instance, f.name, value)
+    return instance
 
 
 def _record(rest: list[str]) -> None:

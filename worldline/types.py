@@ -333,9 +333,14 @@ class ScorePolicy(Policy, Protocol):
 class Scorer(Protocol):
     """Reward and success probability, frame by frame. `window` frames are looked at; `name` goes into provenance."""
 
-    name: str
-    window: int
-    input: Literal["pixels", "latents"]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def input(self) -> Literal["pixels", "latents"]: ...
 
     def reset(self, n: int) -> RowState: ...
 

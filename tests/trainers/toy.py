@@ -13,14 +13,14 @@ FRAMES = 12
 
 
 def dot_episode(index: int, expert: bool) -> Episode:
-    """Experts walk right and to the middle height, and arrive; the others drift left and never do."""
+    """Experts walk right along a wave, and arrive; the others drift left and never do."""
     generator = torch.Generator().manual_seed(index)
     position = torch.rand(1, 2, generator=generator) * torch.tensor([0.2, 0.8]) + 0.1
     positions, blocks = [position], []
     for _ in range(FRAMES - 1):
         noise = 0.03 * torch.randn(1, K, 2, generator=generator)
         if expert:
-            wish = torch.stack([torch.full((1,), 0.8), 1.5 * (0.5 - position[:, 1])], -1)
+            wish = torch.stack([torch.full((1,), 0.8), 0.8 * torch.cos(7 * position[:, 0])], -1)
         else:
             wish = 1.5 * torch.rand(1, 2, generator=generator) - torch.tensor([0.9, 0.75])
         blocks.append((wish[:, None] + noise).clamp(-1, 1))

@@ -1,13 +1,14 @@
 """Verbs `imagine` and `eval`: watch a world model dream held-out episodes, and measure it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from worldline.commands.outputs import check_report_folder, check_video_file, command_line
 from worldline.data import LeRobotDataset, strided
 from worldline.errors import WorldlineError
 from worldline.eval import Report, horizon_curves, video_grid, write_mp4
@@ -39,12 +40,25 @@ class Imagine:
     solver_steps: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, frames=2, solver_steps=1)
+
+
+def _at_least(config: Any, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')}: at least {low} required, got {value}")
+
 
 def load_dream(folder: Path, *, solver_steps: int | None = None) -> Dream:
     """A dream from a world-model folder, on the GPU if there is one."""
     model, tokenizer = load_world_model(folder)
     if solver_steps is not None:
-        model = model.with_sampling(solver_steps=solver_steps)
+        try:
+            model = model.with_sampling(solver_steps=solver_steps)
+        except ValueError as error:  # the model's own check of its settings
+            raise WorldlineError(f"--solver-steps: {error}. Use fewer.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Dream(model.to(device), tokenizer.to(device))
 
@@ -53,16 +67,13 @@ def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
     """The dataset and the stride at which it is the world model's. Raises `SpecMismatch` with the differing fields."""
     dataset = LeRobotDataset(data, cameras=[c.name for c in dream.spec.cameras])
     stride = max(1, dream.spec.control_steps // max(1, dataset.spec.control_steps))
-    require_match(strided(dataset.spec, stride), _without_latent(dream.spec), between=f"dataset {data} and world model")
+    require_match(strided(dataset.spec, stride), dream.spec, between=f"dataset {data} and world model")
     return dataset, stride
-
-
-def _without_latent(spec: WorldSpec) -> WorldSpec:
-    return replace(spec, latent=None)
 
 
 def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     """Write the video and return its path."""
+    check_video_file(config.out)
     dream = load_dream(config.world_model, solver_steps=config.solver_steps)
     dataset, stride = open_for(dream, config.data)
     if not 0 <= config.episode < len(dataset):
@@ -81,7 +92,6 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
         keep_frames=True,
         progress="imagine" if progress else None,
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     label = "imagined" if config.actions == "true" else f"imagined, actions {config.actions}"
     grid = video_grid({"real": _one(replays.frames, 0), label: _one(made.frames, 0)})
     write_mp4(config.out, grid, dream.spec.fps)
@@ -121,47 +131,80 @@ class Evaluate:
     batch: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, frames=2, max_episodes=1, solver_steps=1, batch=1, videos=0)
+
 
 def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     """Evaluate, write the report, return its folder."""
+    check_report_folder(config.out)
     dream = load_dream(config.world_model, solver_steps=config.solver_steps)
     dataset, stride = open_for(dream, config.data)
     cameras = [c.name for c in dream.spec.cameras]
     episodes = dataset.split(config.split)[: config.max_episodes]
     replays = load_replays(dataset, episodes, cameras=cameras, frames=config.frames, stride=stride)
-    probe = Probe.from_pretrained(config.probe) if config.probe else None
+    judges = _load_judges(config, dream.spec)
     found = evaluate_world_model(
         dream,
         replays,
-        action_free=load_dream(config.action_free) if config.action_free else None,
-        probe=probe,
-        probe_truth=_probe_truth(probe, replays, dataset) if probe else None,
-        inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
+        action_free=judges.action_free,
+        probe=judges.probe,
+        probe_truth=_probe_truth(judges.probe, replays, dataset) if judges.probe else None,
+        inverse_model=judges.inverse_model,
         seed=config.seed,
         batch=config.batch,
         progress=progress,
     )
     results = dict(found.results)
     diagnostic = None
-    if config.scorer and replays.frame_success is not None:
-        scorer = SuccessScorer.from_pretrained(config.scorer)
+    if judges.scorer is not None and replays.frame_success is not None:
         diagnostic, _ = replay_diagnostic(
-            dream, scorer, replays, seed=config.seed, batch=config.batch, progress=progress
+            dream, judges.scorer, replays, seed=config.seed, batch=config.batch, progress=progress
         )
         results["replay_diagnostic"] = diagnostic.to_dict()
-    command = f"worldline eval --world-model {config.world_model} --data {config.data} --split {config.split} --out {config.out}"
     report = Report(
         f"World model {config.world_model.name}",
-        command=command,
+        command=command_line("eval", config),
         provenance={
             "world_model": str(config.world_model),
             "data": str(config.data),
             "tokenizer": dream.tokenizer.latent_spec.fingerprint,
         },
     )
+    if judges.scorer is not None and diagnostic is None:
+        report.warning(f"{config.data} holds no success labels: the replay diagnostic was not run.")
     _page(report, found, diagnostic, config.videos, dream.spec.fps)
     report.write(config.out, results)
     return config.out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judges:
+    """What `eval` measures with, all of it made for the world model's cameras."""
+
+    action_free: Dream | None
+    probe: Probe | None
+    inverse_model: Probe | None
+    scorer: SuccessScorer | None
+
+
+def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
+    judges = _Judges(
+        action_free=load_dream(config.action_free, solver_steps=config.solver_steps) if config.action_free else None,
+        probe=Probe.from_pretrained(config.probe) if config.probe else None,
+        inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
+        scorer=SuccessScorer.from_pretrained(config.scorer) if config.scorer else None,
+    )
+    if judges.action_free is not None:
+        require_match(spec, judges.action_free.spec, between="world model and --action-free")
+    for judge, flag in (
+        (judges.probe, "--probe"),
+        (judges.inverse_model, "--inverse-model"),
+        (judges.scorer, "--scorer"),
+    ):
+        if judge is not None:
+            require_match(spec, judge.spec, between=f"world model and {flag}", only=("cameras",))
+    return judges
 
 
 def _probe_truth(probe: Probe, replays: Replays, dataset: LeRobotDataset) -> Tensor:
@@ -193,8 +236,9 @@ def _page(
         curves = {_label(k): m[camera].moved_psnr for k, m in found.metrics.items()}
         masks = {_label(k): m[camera].moved_mask for k, m in found.metrics.items()}
         report.plot(f"PSNR on moved pixels, {camera}", horizon_curves(curves, masks=masks, ylabel="dB"))
-    columns = ["predictor", "camera", "horizon", "psnr", "ssim", "moved_psnr", "moved_ssim"]
-    report.table("Video quality by horizon", columns, [[row[c] for c in columns] for row in results["horizons"]])
+    for camera in found.metrics["true"]:
+        for key, title in (("moved_psnr", "PSNR on moved pixels (dB)"), ("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
+            _horizon_table(report, results["horizons"], camera, key, f"{title}, {camera}, by imagined frame")
     rows = [
         [r["baseline"], r["camera"], r["horizon"], r["gain_db"], r["low"], r["high"], r["episodes"]]
         for r in results["against"]
@@ -209,7 +253,7 @@ def _page(
             camera,
             name,
             row["moved_psnr"],
-            (row.get("gap") or {}).get("gap_db") or (row.get("gap") or {}).get("gain_db"),
+            (row.get("gap") or {}).get("gain_db"),
             row["dream_change_rms"],
         ]
         for camera, variants in results["action_sensitivity"].items()
@@ -229,6 +273,14 @@ def _page(
     report.text(
         f"Speed: {results['speed']['frames_per_second']:.1f} imagined frames/s at batch {results['speed']['batch']} on {results['speed']['device']}."
     )
+
+
+def _horizon_table(report: Report, horizons: Sequence[Mapping[str, Any]], camera: str, key: str, title: str) -> None:
+    """One row a predictor, one column a horizon."""
+    cells = {(row["predictor"], row["horizon"]): row[key] for row in horizons if row["camera"] == camera}
+    columns = sorted({h for _, h in cells})
+    rows = [[_label(p), *(cells[p, h] for h in columns)] for p in dict.fromkeys(p for p, _ in cells)]
+    report.table(title, ["", *map(str, columns)], rows)
 
 
 def _optional_tables(report: Report, results: Mapping[str, Any]) -> None:

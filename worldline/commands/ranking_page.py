@@ -3,7 +3,7 @@
 from typing import Any
 
 from worldline.commands.dreaming import add_diagnostic
-from worldline.eval import Interval, Report, ranking_scatter, success_bars
+from worldline.eval import Interval, PerfectModel, Report, ranking_scatter, success_bars
 from worldline.eval.ranking import Ranked, ReplayDiagnostic, policy_table
 
 
@@ -11,7 +11,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"
 
 
-def _span(interval: dict[str, Any] | Interval | None) -> str:
+def _span(interval: dict[str, Any] | Interval | PerfectModel | None) -> str:
     if interval is None:
         return "–"
     low, high = (interval["low"], interval["high"]) if isinstance(interval, dict) else (interval.low, interval.high)
@@ -96,7 +96,7 @@ def _agreement(report: Report, ranked: Ranked) -> None:
         [
             "r of a perfect model at these counts",
             _number(ceiling.mean if ceiling else None),
-            _span(ceiling.band) if ceiling else "–",
+            _span(ceiling),
         ],
         ["Spearman ρ", _number(s.spearman), ""],
         ["Kendall τ", _number(s.kendall), ""],
@@ -104,7 +104,7 @@ def _agreement(report: Report, ranked: Ranked) -> None:
         [
             "MMRV of a perfect model at these counts",
             _number(floor.mean if floor else None),
-            _span(floor.band) if floor else "–",
+            _span(floor),
         ],
         ["bias (imagined - true)", f"{s.bias:+.3f}", _span(s.bias_interval_rollouts)],
         ["top-1 regret", _number(s.top1_regret), "true success lost by taking imagination's favourite"],

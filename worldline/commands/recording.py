@@ -1,13 +1,15 @@
 """Verbs `record` and `inspect`: make a dataset in a simulator, and say what is in one."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from worldline.data import LeRobotDataset, inspect_dataset
-from worldline.errors import DatasetError
+from worldline.commands.outputs import check_report_folder, release_claim
+from worldline.data import LeRobotDataset, Problem, inspect_dataset
+from worldline.errors import DatasetError, WorldlineError
 from worldline.eval import Report
 from worldline.policies import load_policy
 from worldline.sim.base import make_world
@@ -51,22 +53,30 @@ def run_record(config: Record, *, progress: bool = True) -> Path:
                 f"--policy {policy!r}: one of {', '.join(POLICIES)}, a policy folder, module:function or ws://host:port required"
             )
         policy = partial(_load, config)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return record(
-        config.world,
-        config.out,
-        episodes=config.episodes,
-        policy=policy,
-        label=config.policy,
-        cameras=config.cameras or None,
-        size=config.size,
-        seed=config.seed,
-        horizon=config.horizon,
-        control_steps=config.control_steps,
-        processes=config.processes or min(cores, max(1, config.episodes // 8)),
-        resume=(config.out / ".staging").is_dir(),
-        progress=progress,
-    )
+    try:
+        return record(
+            config.world,
+            config.out,
+            episodes=config.episodes,
+            policy=policy,
+            label=config.policy,
+            cameras=config.cameras or None,
+            size=config.size,
+            seed=config.seed,
+            horizon=config.horizon,
+            control_steps=config.control_steps,
+            processes=config.processes or min(cores(), max(1, config.episodes // 8)),
+            resume=(config.out / ".staging").is_dir(),
+            progress=progress,
+        )
+    except WorldlineError:
+        release_claim(config.out)
+        raise
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _names_a_policy(name: str) -> bool:
@@ -101,13 +111,13 @@ class Inspect:
 
 def run_inspect(config: Inspect, *, progress: bool = True) -> Path:
     """Write the report and return its folder."""
+    out = config.out or Path("reports") / f"inspect-{config.data.name}"
+    check_report_folder(out)
     dataset = LeRobotDataset(config.data)
     found = inspect_dataset(dataset, max_episodes=config.max_episodes)
-    out = config.out or Path("reports") / f"inspect-{config.data.name}"
     report = Report(f"Dataset {config.data.name}", command=f"worldline inspect {config.data}")
-    for problem in found.problems:
-        where = "dataset" if problem.episode is None else f"episode {problem.episode}"
-        report.warning(f"{problem.kind}: {where}, {problem.column}: {problem.detail}")
+    for text in _problem_lines(found.problems):
+        report.warning(text)
     summary = dict(found.summary)
     plain = [[k, _plain(v)] for k, v in summary.items() if not isinstance(v, dict)]
     report.table("At a glance", ["", "value"], plain)
@@ -127,6 +137,28 @@ def run_inspect(config: Inspect, *, progress: bool = True) -> Path:
         report.image(title, _image(picture))
     report.write(out, found.to_dict())
     return out
+
+
+def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """One line a kind and column, naming the episodes: sixty saturated episodes are one finding."""
+    grouped: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        grouped.setdefault((problem.kind, problem.column), []).append(problem)
+    lines = []
+    for (kind, column), found in grouped.items():
+        episodes = [str(p.episode) for p in found if p.episode is not None]
+        named = ", ".join(episodes[:12]) + (", ..." if len(episodes) > 12 else "")
+        where = (
+            f"{len(episodes)} episodes ({named})"
+            if len(episodes) > 1
+            else f"episode {named}"
+            if episodes
+            else "dataset"
+        )
+        lines.append(
+            f"{kind}: {where}, {column}: {found[0].detail}" + (" (in the first of them)" if len(episodes) > 1 else "")
+        )
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worldline import checkpoint
+from worldline.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,17 @@ class Show:
 def describe(folder: Path) -> dict[str, Any]:
     """Everything a checkpoint says of itself."""
     folder = checkpoint.resolve(folder)
+    if not (folder / "config.json").is_file():
+        hint = (
+            f"That is a dataset: `worldline inspect {folder}`." if (folder / "meta").is_dir() else "Correct the path."
+        )
+        got = "a folder without config.json" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: a folder that `worldline train` wrote is required, got {got}. {hint}")
     config = checkpoint.read_json(folder / "config.json")
+    if "part" not in config or "provenance" not in config:
+        raise CheckpointError(
+            f"{folder}/config.json: a worldline checkpoint required, this was written by something else."
+        )
     tensors = checkpoint.read_tensors(folder / "model.safetensors")
     return {
         "folder": str(folder),

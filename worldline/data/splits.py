@@ -5,17 +5,20 @@ from collections.abc import Iterable, Mapping
 
 from worldline.errors import DatasetError
 
-HELD_OUT_SHARE = 0.1
+HELD_OUT_SHARE = 0.15
 HELD_OUT_NAMES = ("val", "valid", "validation", "test", "held-out")
 
 
 def held_out_episodes(episodes: Iterable[int], seed: int) -> list[int]:
-    """About a tenth of the episodes: those whose hash of (seed, episode) is small; at least one of two or more."""
+    """About a seventh of the episodes: those whose hash of (seed, episode) is small.
+
+    At least one of two or more episodes, at least two of ten or more: one alone shows no spread.
+    """
     ranked = sorted((_uniform(seed, episode), episode) for episode in episodes)
     if len(ranked) < 2:
         return []
     below = sum(value < HELD_OUT_SHARE for value, _ in ranked)
-    return sorted(episode for _, episode in ranked[: min(max(below, 1), len(ranked) - 1)])
+    return sorted(episode for _, episode in ranked[: min(max(below, 2 if len(ranked) >= 10 else 1), len(ranked) - 1)])
 
 
 def _uniform(seed: int, episode: int) -> float:

@@ -38,7 +38,7 @@ class Probe(nn.Module):
         self.head = mlp(self.encoder.width, config.hidden, len(config.names))
 
     def _normalized(self, frames: Mapping[str, Tensor]) -> Tensor:
-        device = self.head[0].weight.device
+        device = next(self.parameters()).device
         frames = {camera: x.to(device) for camera, x in frames.items()}
         n = len(next(iter(frames.values())))
         return self.head(self.encoder(frames, torch.zeros(n, 0, device=device)))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from worldline.checkpoint import to_json
-from worldline.eval.calibration import ScorerCalibration, best_threshold, scorer_calibration
+from worldline.eval.calibration import ScorerCalibration, scorer_calibration
 from worldline.eval.contrasts import PolicyContrasts, policy_contrasts
 from worldline.eval.intervals import wilson
 from worldline.eval.prediction_powered import leave_one_policy_out, prediction_powered_rate
@@ -67,9 +67,10 @@ def replay_diagnostic(
     imagined = episode_probability(made.probability, persist=persist)
     real = episode_probability(score_frames(scorer, replays.frames), persist=persist)
     kinds = min(int(truth.sum()), int((~truth).sum()))
-    threshold, source = scorer.config.threshold, "scorer"
+    calibration, source = scorer_calibration(imagined, truth, threshold=scorer.config.threshold), "scorer"
     if n >= MIN_CALIBRATION and kinds >= n // 4:
-        threshold, source = best_threshold(imagined, truth), f"{n} replayed held-out episodes"
+        calibration, source = scorer_calibration(imagined, truth), f"{n} replayed episodes, these very ones"
+    threshold = calibration.threshold
     said = imagined > threshold
     causes = {
         cause: (len(rows), int(truth[rows].sum()), int(said[rows].sum()))
@@ -77,7 +78,7 @@ def replay_diagnostic(
         for rows in [torch.tensor([i for i, c in enumerate(replays.causes) if c == cause])]
     }
     diagnostic = ReplayDiagnostic(
-        calibration=scorer_calibration(imagined, truth, threshold=threshold),
+        calibration=calibration,
         on_real_frames=scorer_calibration(real, truth, threshold=scorer.config.threshold),
         threshold=threshold,
         threshold_from=source,

@@ -87,8 +87,12 @@ def _strided_any(label: Tensor, stride: int) -> Tensor:
 
 
 def action_variants(actions: Float[Tensor, "n t k a"]) -> dict[str, Float[Tensor, "n t k a"]]:
-    """The recorded actions and three that are wrong: those of another episode, negated, zero."""
-    return {"true": actions, "shuffled": actions.roll(1, 0), "negated": -actions, "zeroed": torch.zeros_like(actions)}
+    """The recorded actions and three that are wrong: shuffled, negated, zero.
+
+    Shuffled are those of another episode; of a single episode, its own in reverse order.
+    """
+    shuffled = actions.roll(1, 0) if len(actions) > 1 else actions.flip(1)
+    return {"true": actions, "shuffled": shuffled, "negated": -actions, "zeroed": torch.zeros_like(actions)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +232,7 @@ def _against(metrics: Mapping[str, Mapping[str, VideoMetrics]], t: int) -> list[
 
 
 def _gain(gain: PairedDifference) -> dict[str, Any]:
+    assert gain.interval is not None, "fewer than two episodes count"
     return {
         "gain_db": gain.mean,
         "low": gain.interval.low,

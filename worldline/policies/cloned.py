@@ -36,6 +36,11 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.solver_steps < 1:
             raise ValueError(f"chunk and solver_steps must be at least 1, got {self.chunk} and {self.solver_steps}")
+        if self.encoder.window != 1 or self.hidden < 1:
+            raise ValueError(
+                f"encoder.window must be 1 (these policies see one frame) and hidden at least 1, got "
+                f"{self.encoder.window} and {self.hidden}"
+            )
 
 
 class GaussianHead(nn.Module):

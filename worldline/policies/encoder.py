@@ -26,6 +26,12 @@ class EncoderConfig:
     shift: int = 4
     size: int = 64  # larger frames are area-averaged to at most this many pixels a side
 
+    def __post_init__(self) -> None:
+        if not self.channels or any(c < 8 or c % 8 for c in self.channels):
+            raise ValueError(f"channels must be multiples of 8 (groups are normalised), got {self.channels}")
+        if min(self.features, self.window) < 1 or self.shift < 0 or self.size < 8:
+            raise ValueError(f"features, window >= 1, shift >= 0 and size >= 8 required, got {self}")
+
 
 class CameraEncoder(nn.Module):
     grid_x: Tensor

@@ -7,7 +7,7 @@ frame is not a success, in either world.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,11 +29,15 @@ class SuccessConfig:
     threshold: float = 0.5
     persist: int = 2
 
+    def __post_init__(self) -> None:
+        if self.persist < 1 or self.hidden < 1:
+            raise ValueError(f"persist and hidden must be at least 1, got {self.persist} and {self.hidden}")
+
 
 class SuccessScorer(nn.Module):
     """A `Scorer` of pixels. Its name carries the fingerprint of its weights, so a label says who gave it."""
 
-    input = "pixels"
+    input: Literal["pixels", "latents"] = "pixels"
 
     def __init__(self, config: SuccessConfig, spec: WorldSpec) -> None:
         super().__init__()

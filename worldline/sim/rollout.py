@@ -60,7 +60,7 @@ def rollout_policy(
     size: int = 64,
     horizon: int = 160,
     control_steps: int = 4,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> list[RolloutResult]:
     """Roll `policy` out once from each start in `seeds`; results in that order.
 
@@ -71,6 +71,7 @@ def rollout_policy(
         keep_frames: keep every frame and not only the first.
         rows, processes: worlds in lockstep (the policy is asked for all of them at once), and the processes they are
             spread over; see `worldline.sim.workers`.
+        progress: label of a progress bar; None shows none.
 
     Raises:
         SimulatorError: unknown world or camera, no seeds.
@@ -94,12 +95,18 @@ def rollout_policy(
 
 
 def _rollout(
-    pool: WorldPool, policy: Policy, seeds: Sequence[int], *, execute: int | None, keep_frames: bool, progress: bool
+    pool: WorldPool,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    execute: int | None,
+    keep_frames: bool,
+    progress: str | None,
 ) -> list[RolloutResult]:
     require_match(pool.spec, policy.spec, between=f"simulator {pool.name} and policy {type(policy).__name__}")
     executor = ChunkExecutor(policy, execute=execute)
     results: list[RolloutResult] = []
-    with tqdm(total=len(seeds), unit="episode", disable=not progress) as bar:
+    with tqdm(total=len(seeds), desc=progress, unit="episode", disable=progress is None, leave=False) as bar:
         for start in range(0, len(seeds), pool.rows):
             wave = seeds[start : start + pool.rows]
             results += _wave(pool, executor, wave, keep_frames=keep_frames)

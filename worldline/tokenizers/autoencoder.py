@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.models.auto_model import AutoModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def build_autoencoder(config: AutoencoderConfig) -> torch.nn.Module:
     """An untrained diffusers autoencoder of these sizes."""
     levels = len(config.blocks)
     if config.family == "tiny":
-        return diffusers.AutoencoderTiny(
+        return AutoencoderTiny(
             in_channels=3 * config.fold**2,
             out_channels=3 * config.fold**2,
             encoder_block_out_channels=config.blocks,
@@ -55,12 +57,13 @@ def build_autoencoder(config: AutoencoderConfig) -> torch.nn.Module:
             num_decoder_blocks=(1,) * levels,
             latent_channels=config.latent_channels,
         )
-    return diffusers.AutoencoderKL(
+    return AutoencoderKL(
         in_channels=3 * config.fold**2,
         out_channels=3 * config.fold**2,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.blocks,
+        # diffusers annotates these as tuples of one
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=config.blocks,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=config.latent_channels,
         norm_num_groups=8,
@@ -80,7 +83,7 @@ class AutoencoderTokenizer(Tokenizer):
     kind = "autoencoder"
 
     def __init__(self, cameras: Sequence[CameraSpec], model: Any, *, kl_weight: float = 0.0) -> None:
-        if not isinstance(model, (diffusers.AutoencoderTiny, diffusers.AutoencoderKL)):
+        if not isinstance(model, (AutoencoderTiny, AutoencoderKL)):
             raise CheckpointError(f"AutoencoderTiny or AutoencoderKL required, got {type(model).__name__}")
         self.channels = model.config["latent_channels"]
         blocks = model.config.get("block_out_channels") or model.config["encoder_block_out_channels"]
@@ -89,7 +92,7 @@ class AutoencoderTokenizer(Tokenizer):
         self.kl_weight = kl_weight
         super().__init__(cameras)
         # on CPUs channels_last convolutions are up to 1.5 times as fast, on GPUs they suit the tensor cores
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @classmethod
     def from_diffusers(cls, cameras: Sequence[CameraSpec], name: str, **options: Any) -> "AutoencoderTokenizer":
@@ -98,7 +101,7 @@ class AutoencoderTokenizer(Tokenizer):
         `options` go to diffusers' `from_pretrained` (`subfolder="vae"`). Raises `CheckpointError` if it cannot be had.
         """
         try:
-            model = diffusers.AutoModel.from_pretrained(name, **options)
+            model = AutoModel.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{name}: no diffusers autoencoder could be loaded from there ({error})") from error
         return cls(cameras, model)

@@ -59,7 +59,10 @@ class Tokenizer(nn.Module, ABC):
 
     @property
     def latent_spec(self) -> LatentSpec:
-        shapes = {c.name: (self.channels, *(n // self.downsample for n in self._padded(c))) for c in self.cameras}
+        shapes: dict[str, tuple[int, int, int]] = {}
+        for c in self.cameras:
+            height, width = self._padded(c)
+            shapes[c.name] = (self.channels, height // self.downsample, width // self.downsample)
         return LatentSpec(fingerprint=self.fingerprint, shapes=shapes, mean=dict(self._mean), std=dict(self._std))
 
     def _padded(self, camera: CameraSpec) -> tuple[int, int]:

@@ -10,7 +10,9 @@
 """
 
 import hashlib
+import importlib
 import logging
+import math
 import signal
 import threading
 import time
@@ -57,6 +59,8 @@ class LoopConfig:
     seed: int = 0
     save_every: int = 200
     eval_every: int = 200
+    wandb: str | None = None
+    """Weights & Biases project that mirrors the TensorBoard log, which is always written."""
     mixed_precision: str = "auto"
     """auto: bf16 on GPUs that have it, full precision on CPUs. Or no, fp16, bf16."""
 
@@ -64,6 +68,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lr < math.inf or not 0 <= self.ema < 1:
+            raise ValueError(f"lr must be at least 0 and ema in [0, 1), got lr={self.lr} and ema={self.ema}")
         if self.mixed_precision not in ("auto", "no", "fp16", "bf16"):
             raise ValueError(f"mixed_precision must be auto, no, fp16 or bf16, got {self.mixed_precision!r}")
 
@@ -119,6 +125,8 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
     loss_module, optimizer = accelerator.prepare(_Loss(stage), optimizer)
     state = out / "training"
     step, seconds = _restore(state, stage, ema, optimizer, config)
+    if config.wandb and accelerator.is_main_process:
+        _mirror_on_wandb(config.wandb, out)
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=step) if accelerator.is_main_process else None
     if step >= config.steps:
         log.info("%s: already trained for %d steps", out, step)
@@ -173,9 +181,8 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
                         _require_finite(loss, "loss", f"{stage.name}, step {step}, rank {rank}", state)
                         accelerator.backward(loss / config.accumulate)
                 norm = accelerator.clip_grad_norm_(loss_module.parameters(), config.clip)
-                if (
-                    accelerator.scaler is None and norm is not None
-                ):  # fp16's scaler meets infinite gradients by design, and skips them
+                # fp16's scaler meets infinite gradients by design, and skips them
+                if accelerator.scaler is None and norm is not None:
                     _require_finite(norm, "gradient norm", f"{stage.name}, step {step}, rank {rank}", state)
                 optimizer.step()
                 step += 1
@@ -234,6 +241,24 @@ def _held_back_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _mirror_on_wandb(project: str, out: Path) -> None:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise WorldlineError(
+            f'--loop.wandb needs Weights & Biases, which is not installed: pip install "worldline[wandb]" ({error})'
+        ) from error
+    # before the writer is made: wandb watches TensorBoard writers created from now on
+    wandb.init(
+        project=project,
+        name=out.name,
+        dir=str(out),
+        id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12],
+        resume="allow",
+        sync_tensorboard=True,
+    )
+
+
 def _precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
@@ -287,7 +312,7 @@ def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, conf
     if not (state / "state.safetensors").is_file():
         return 0, 0.0
     before = read_json(state / "loop.json")
-    free = {"steps", "save_every", "eval_every"}
+    free = {"steps", "save_every", "eval_every", "wandb"}
     changed = [
         f"  loop.{k}: required {before.get(k)!r}, got {v!r}"
         for k, v in asdict(config).items()

@@ -36,6 +36,10 @@ class TrainPolicy:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200, batch_size=64, lr=1e-3, ema=0.995))
 
+    def __post_init__(self) -> None:
+        if self.episodes is not None and self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("a minute or two on a 2-core CPU", {}),

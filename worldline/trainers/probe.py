@@ -45,6 +45,10 @@ class TrainProbe:
     """Show half of the training frames as this tokenizer reconstructs them."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
 
+    def __post_init__(self) -> None:
+        if min(self.columns, default=0) < 0:
+            raise ValueError(f"columns are counted from 0, got {self.columns}")
+
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"tiny": ("a minute or two on a 2-core CPU", {})}
 

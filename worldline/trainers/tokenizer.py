@@ -1,6 +1,7 @@
 """Stage `tokenizer`: train a small image autoencoder, or wrap pixel patches or a pretrained one."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,12 @@ class TrainTokenizer:
     motion_weight: float = 6.0
     """How much more a pixel that differs from the episode's median frame counts: small moving objects are what matters."""
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or not 0 <= self.motion_weight < math.inf:
+            raise ValueError(
+                f"patch of at least 1 and motion_weight of at least 0 required, got {self.patch} and {self.motion_weight}"
+            )
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,6 +20,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class LevelEmbedding(nn.Module):
     """Sinusoids of a noise level in [0, 1], then a two-layer network. Level 0 and 1 are ordinary, distinct inputs."""
 
+    rates: Tensor
+
     def __init__(self, width: int, frequencies: int = 64) -> None:
         super().__init__()
         self.register_buffer("rates", torch.exp(torch.linspace(0, math.log(500), frequencies)), persistent=False)

@@ -11,14 +11,16 @@
 The network knows nothing of noise schedules, tokenizers or normalisation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from worldline.errors import SpecMismatch
 from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
 
 
@@ -100,7 +102,9 @@ class SpaceTimeTransformer(nn.Module):
         p, width = config.patch, config.width
         for camera, (_, h, w) in shapes.items():
             if h % p or w % p:
-                raise ValueError(f"camera {camera}: latents of {h}x{w} cannot be cut into patches of {p}x{p}")
+                raise SpecMismatch(
+                    f"camera {camera}: latents of {h}x{w} cannot be cut into patches of {p}x{p}. Choose another patch size."
+                )
         self.tokens = {camera: (h // p) * (w // p) for camera, (_, h, w) in shapes.items()}
         # nn.ModuleDict keys may not hold dots; cameras may
         self.keys = {camera: camera.replace(".", "_") for camera in shapes}
@@ -120,10 +124,11 @@ class SpaceTimeTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers: normal(0, 0.02), biases 0; token places: normal(0, 0.02); zero where marked.
+        """Linear layers and token places: normal(0, 0.02), biases 0; but for two things.
 
-        Zero: every modulation (each block starts as the identity), both output heads (the network starts as
-        copy-last-frame).
+        Gates start at 1: blocks work from the first step. (With the zero gates of DiT, a tenth-hour run spends a third of
+        its steps opening them: one-step error .44 against .33 after 150 steps on the dot world.)
+        Both output heads start at 0: the untrained network is copy-last-frame.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -131,13 +136,19 @@ class SpaceTimeTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for place in self.place.values():
             nn.init.normal_(place, std=0.02)
-        zeros = [block.modulation for block in self.blocks] + [self.final_modulation, self.unembed_pose]
-        for linear in [*zeros, *self.unembed.values()]:
-            nn.init.zeros_(linear.weight)
+        for block in self._blocks():
+            for gate in (2, 5, 8):  # of shift, scale, gate for space attention, time attention, MLP
+                nn.init.ones_(block.modulation.bias[gate * self.config.width : (gate + 1) * self.config.width])
+        for linear in [self.unembed_pose, *self.unembed.values()]:
+            nn.init.zeros_(cast(nn.Linear, linear).weight)
 
     @property
     def tokens_per_frame(self) -> int:
         return sum(self.tokens.values()) + 1
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            yield cast(Block, block)  # a ModuleList says only that it holds modules
 
     def embed_frames(self, frames: FrameBatch) -> tuple[Tensor, Tensor]:
         """Tokens "b l s d" and the conditioning vector of each frame "b l d"."""
@@ -172,7 +183,7 @@ class SpaceTimeTransformer(nn.Module):
         """
         x, condition = self.embed_frames(frames)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
-        for block in self.blocks:
+        for block in self._blocks():
             x = _apply(block, x, condition, lambda y, b: _masked(b, y, turn, mask))
         if keep is not None:
             x, condition = x[:, keep], condition[:, keep]
@@ -192,7 +203,7 @@ class SpaceTimeTransformer(nn.Module):
         x, condition = self.embed_frames(frames)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         rows = torch.arange(len(x), device=x.device)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
 
             def attend(y: Tensor, block: Block, layer: Tensor = cache[:, i]) -> Tensor:
                 q, k, v = block.time_qkv(y, turn)
@@ -204,7 +215,7 @@ class SpaceTimeTransformer(nn.Module):
         return self.head(x, condition, frames)
 
 
-def _apply(block: Block, x: Tensor, condition: Tensor, time_attention) -> Tensor:
+def _apply(block: Block, x: Tensor, condition: Tensor, time_attention: Callable[[Tensor, Block], Tensor]) -> Tensor:
     m = block.modulation(condition).chunk(9, dim=-1)
     x = torch.addcmul(x, m[2][:, :, None], block.space_attention(modulate(x, m[0], m[1])))
     x = torch.addcmul(x, m[5][:, :, None], time_attention(modulate(x, m[3], m[4]), block))
@@ -222,7 +233,7 @@ def _broadcast_turn(turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return (cos[:, None], sin[:, None]) if cos.ndim == 3 else (cos, sin)
 
 
-def _keep(value, frames: slice):
+def _keep(value: Any, frames: slice) -> Any:
     if isinstance(value, Mapping):
         return {camera: latents[:, frames] for camera, latents in value.items()}
     return value[..., frames] if value.ndim == 1 else value[:, frames]

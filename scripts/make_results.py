@@ -1,0 +1,192 @@
+"""Makes the tables of docs/results.md: world models and rankings, for any tasks, seeds and budget, resumable.
+
+    python scripts/make_results.py --tasks drawer-open-v3 door-open-v3 button-press-topdown-v3 --seeds 2 --out results
+
+What takes hours here is deepened on a bigger machine with the same command and a larger --budget: budgets multiply the
+training steps of --budget 1 (about an hour of two CPU cores a task and seed). Everything is kept in --out; run the same
+command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.ranking import Rank, run_rank
+from worldline.commands.recording import Record, run_record
+from worldline.trainers import policy, probe, scorer, tokenizer, world_model
+from worldline.trainers.loop import LoopConfig
+
+# name -> (kind, demonstrations, steps at budget 1, seed): six trainings; corrupted ones share a training
+POLICIES = {
+    "bc50": ("bc", 50, 600, 0),
+    "dp50": ("diffusion", 50, 800, 2),
+    "bc25": ("bc", 25, 500, 3),
+    "dp15": ("diffusion", 15, 500, 5),
+    "bc10": ("bc", 10, 400, 1),
+    "bc5": ("bc", 5, 200, 4),
+}
+CORRUPTED = ("bc50@noise=0.8", "dp50@noise=1.5,lag=8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeResults:
+    """Record, train, evaluate and rank; print the tables."""
+
+    out: Path
+    tasks: tuple[str, ...] = ("drawer-open-v3",)
+    seeds: int = 1
+    """World-model and scorer seeds, each shown."""
+    budget: float = 1.0
+    """Multiplies all training steps but the policies' (whose spread of quality is the point)."""
+    demos: int = 240
+    """Recorded episodes a task."""
+    tests: int = 60
+    """Episodes recorded for evaluation and the replay diagnostic alone, from other starts."""
+    episodes: int = 50
+    imagined_episodes: int = 100
+    action_free: bool = True
+    """Train the action-free baseline (as long as the world model)."""
+
+
+def steps(config: MakeResults, base: int) -> int:
+    return max(20, int(base * config.budget))
+
+
+def loop(preset: Any, **changes: Any) -> LoopConfig:
+    return replace(preset, **changes)
+
+
+def train(module: Any, config: Any) -> Path:
+    """Run a stage unless it has run to its end."""
+    path = config.out / "config.json"
+    if path.is_file() and json.loads(path.read_text())["provenance"].get("steps") == config.loop.steps:
+        return config.out
+    print(f"training {config.out}", flush=True)
+    return module.run(config)
+
+
+def prepare(config: MakeResults, task: str) -> Path:
+    """Datasets, tokenizer, probes and policies of one task; returns its folder."""
+    home = config.out / task
+    for name, count, seed in (("data", config.demos, 0), ("test", config.tests, 1)):
+        if not (home / name / "meta" / "info.json").is_file():
+            run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed))
+    tiny = tokenizer.PRESETS["tiny"][1]["loop"]
+    data = (home / "data",)
+    train(tokenizer, tokenizer.TrainTokenizer(data=data, out=home / "tok", loop=loop(tiny, steps=steps(config, 700))))
+    short = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99)
+    for target in ("object", "action"):
+        train(
+            probe,
+            probe.TrainProbe(
+                data=data, out=home / f"probe-{target}", target=target, tokenizer=home / "tok", loop=short
+            ),
+        )
+    for name, (kind, count, length, seed) in POLICIES.items():
+        settings = LoopConfig(steps=length, batch_size=64, lr=1e-3, seed=seed)
+        train(policy, policy.TrainPolicy(data=data, out=home / name, kind=kind, episodes=count, loop=settings))
+    return home
+
+
+def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train one world model and scorer, evaluate, rank. Returns both reports' results."""
+    data, tok = (home / "data",), home / "tok"
+    tiny = world_model.PRESETS["tiny"][1]
+    length = loop(tiny["loop"], steps=steps(config, 1200), seed=seed)
+    base = world_model.TrainWorldModel(
+        data=data, tokenizer=tok, out=home / f"wm{seed}", model=tiny["model"], loop=length
+    )
+    train(world_model, base)
+    free = None
+    if config.action_free and seed == 0:
+        blind = replace(base.model, network=replace(base.model.network, actions=False))
+        free = train(world_model, replace(base, out=home / "wm-action-free", model=blind))
+    judge = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+    train(scorer, scorer.TrainScorer(data=data, out=home / f"scorer{seed}", tokenizer=tok, loop=judge))
+    evaluation = Evaluate(
+        world_model=home / f"wm{seed}",
+        data=home / "test",
+        split="all",
+        out=home / f"eval{seed}",
+        probe=home / "probe-object",
+        inverse_model=home / "probe-action",
+        scorer=home / f"scorer{seed}",
+        action_free=free,
+    )
+    run_eval(evaluation)
+    ranking = Rank(
+        world_model=home / f"wm{seed}",
+        scorer=home / f"scorer{seed}",
+        policies=tuple(str(home / name) for name in (*POLICIES, *CORRUPTED)),
+        truth=f"metaworld/{task}",
+        data=home / "test",
+        replays="all",
+        episodes=config.episodes,
+        imagined_episodes=config.imagined_episodes,
+        out=home / f"rank{seed}",
+        seed=seed,
+    )
+    run_rank(ranking)
+    read = [json.loads((home / f"{name}{seed}" / "report.json").read_text())["results"] for name in ("eval", "rank")]
+    return read[0], read[1]
+
+
+def ranking_row(task: str, seed: int, found: dict[str, Any]) -> str:
+    s = found["statistics"]
+    corrected = (found["corrected"] or {}).get("pearson", {}).get("corrected")
+
+    def span(interval: dict[str, float] | None) -> str:
+        return "–" if interval is None else f"[{interval['low']:.2f}, {interval['high']:.2f}]"
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    floor = s["mmrv_perfect_floor"]
+    cells = [
+        task,
+        str(seed),
+        str(len(s["policies"])),
+        number(s["pearson"]),
+        span(s["pearson_interval_policy"]),
+        span(s["pearson_interval_rollouts"]),
+        number(s["pearson_independent"]),
+        number(s["spearman"]),
+        number(s["mmrv"]),
+        f"{floor['mean']:.3f} {span(floor)}" if floor else "–",
+        f"{s['bias']:+.3f}",
+        number(s["top1_regret"]),
+        number(corrected),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(config: MakeResults) -> None:
+    lines = [
+        "| task | seed | baseline | camera | frame | gain on moved pixels, dB [95%] | episodes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ranks = [
+        "| task | seed | policies | r | policy 95% | rollout 95% | r, one a lineage | ρ | MMRV | perfect model's MMRV | bias | regret | r corrected |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in config.tasks:
+        home = prepare(config, task)
+        for seed in range(config.seeds):
+            evaluated, ranked = run_seed(config, home, task, seed)
+            lines += [
+                f"| {task} | {seed} | {r['baseline']} | {r['camera']} | {r['horizon']} | "
+                f"{r['gain_db']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}] | {r['episodes']} |"
+                for r in evaluated["against"]
+            ]
+            ranks.append(ranking_row(task, seed, ranked))
+    text = "\n".join(["World models", "", *lines, "", "Rankings", "", *ranks, ""])
+    (config.out / "tables.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MakeResults, description=__doc__))

@@ -1,0 +1,187 @@
+"""Every verb through `worldline.cli.main`, from a simulator to a ranking."""
+
+import json
+import re
+from pathlib import Path
+
+import av
+import pytest
+
+from tests.commands.conftest import HORIZON, Lab, Run
+from tests.commands.dots import WORLD
+from worldline.commands import ranking
+from worldline.data import LeRobotDataset
+from worldline.eval.report import REPORT_KEYS
+
+
+def results(out: Path) -> dict:
+    report = json.loads((out / "report.json").read_text())
+    assert tuple(report) == REPORT_KEYS
+    page = (out / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "the page fetches something"
+    assert "data:video/mp4" in page
+    return report["results"]
+
+
+def test_imagine_writes_as_many_frames_as_the_episode_has(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    for actions, frames in (("true", None), ("negated", 4)):
+        out = tmp_path / f"{actions}.mp4"
+        options = ["--actions", actions, *(["--frames", frames] if frames else [])]
+        said = worldline("imagine", "--world-model", lab.wm, "--data", lab.data, "--episode", 3, "--out", out, *options)
+        assert said.code == 0 and str(out) in said.out
+        with av.open(str(out)) as video:
+            count = sum(1 for _ in video.decode(video=0))
+        assert count == (frames or LeRobotDataset(lab.data).length(3))
+
+
+def test_eval_reports_what_the_documentation_promises(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    said = worldline(
+        "eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--max-episodes", 4, "--frames", 6,
+        "--scorer", lab.scorer, "--videos", 1, "--out", out,
+    )  # fmt: skip
+    assert said.code == 0 and "report.html" in said.out
+    found = results(out)
+    assert found["episodes"] == 4 and found["frames"] == 6
+    assert {"horizons", "against", "action_sensitivity", "pose_error", "speed", "lpips", "replay_diagnostic"} <= set(
+        found
+    )
+    assert {row["horizon"] for row in found["horizons"]} == {1, 2, 5}
+    assert {"true", "copy-first", "tokenizer"} <= {row["predictor"] for row in found["horizons"]}
+    assert set(found["action_sensitivity"]["rgb"]) == {"true", "shuffled", "negated", "zeroed"}
+    assert found["speed"]["frames_per_second"] > 0
+    command = json.loads((out / "report.json").read_text())["command"]
+    assert "--max-episodes 4" in command and "--split all" in command
+
+
+@pytest.fixture
+def imagined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Labels of the policies that were rolled out in imagination, in order."""
+    called: list[str] = []
+    whole = ranking.imagine_policy
+
+    def spy(*arguments, **options):
+        called.append(options["label"])
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(ranking, "imagine_policy", spy)
+    return called
+
+
+def test_rank_from_held_out_frames_and_again_with_one_more(
+    lab: Lab, worldline: Run, tmp_path: Path, imagined: list[str]
+) -> None:
+    out = tmp_path / "rank"
+    common = ["rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--out", out]
+    common += ["--imagined-episodes", 8, "--frames", 6, "--videos", 1, "--policies"]
+    first = worldline(*common, lab.bc, lab.other)
+    assert first.code == 0 and str(out / "report.html") in first.out
+    assert "imagine bc" in first.err  # the progress bar
+    assert imagined == ["imagine bc", "imagine other"]
+    found = results(out)
+    assert {row["policy"] for row in found["policies"]} == {"bc", "other"}
+    assert found["statistics"] is None and found["truth"] is None and found["replay_diagnostic"]["threshold"] > 0
+
+    assert worldline(*common, lab.bc, lab.other).code == 0
+    assert len(imagined) == 2, "kept rollouts were rolled out again"
+    again = results(out)
+    assert again["policies"] == found["policies"]
+
+    worse = f"{lab.bc}@noise=2,lag=2"
+    assert worldline(*common, lab.bc, lab.other, lab.diffusion, worse).code == 0
+    assert imagined[2:] == ["imagine diffusion", "imagine bc@noise=2,lag=2"]
+    rates = [row["imagined"] for row in results(out)["policies"]]
+    assert len(rates) == 4 and rates == sorted(rates, reverse=True)
+
+    # other weights in the same folder are another policy
+    config = lab.wm / "tokenizer" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert worldline(*common, lab.bc, lab.other).code == 0
+    assert len(imagined) == 6
+
+
+def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imagined: list[str]) -> None:
+    out = tmp_path / "rank"
+    runner, idler = "tests.commands.dots:runner", "tests.commands.dots:idler"
+    command = [
+        "rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--out", out, "--truth", WORLD,
+        "--horizon", 20, "--processes", 0, "--episodes", 6, "--imagined-episodes", 8, "--correct-with", 4,
+        "--policies", idler, runner, lab.bc, "tests.commands.dots:mixed",
+    ]  # fmt: skip
+    said = worldline(*command)
+    assert said.code == 0, said.err
+    assert "simulate runner" in said.err.replace("tests.commands.dots:", "")
+    found = results(out)
+    real = {row["policy"].rpartition(":")[2]: row["real"] for row in found["policies"]}
+    assert real["runner"] == 1.0 and real["idler"] == 0.0  # and `mixed` ends episodes at different frames
+    assert found["frames"] == 11
+    assert found["statistics"]["policies"] and found["corrected"]["real_rollouts"] == 4
+    rates = [row["imagined"] for row in found["policies"]]
+    assert rates == sorted(rates, reverse=True)
+    assert any("rollouts of tests.commands.dots:mixed are in" in text for text in found["independence"])
+    assert not any("also starts of" in text or "could not be checked" in text for text in found["independence"])
+
+    before = len(imagined)
+    assert worldline(*command).code == 0
+    assert len(imagined) == before
+    assert results(out)["policies"] == found["policies"]
+
+
+def test_rank_says_when_true_starts_are_training_starts(
+    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = [int(p["seed"]) for p in LeRobotDataset(lab.data).episode_table["provenance"]]
+    from worldline.commands import rollouts
+
+    monkeypatch.setattr(rollouts, "episode_seed", lambda seed, index: recorded[index])
+    said = worldline(
+        "rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--out", tmp_path / "rank", "--truth", WORLD, *HORIZON[:2],
+        "--processes", 0, "--episodes", 2, "--imagined-episodes", 2, "--videos", 1,
+        "--policies", "tests.commands.dots:runner", "tests.commands.dots:idler",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert any("2 of 2 true starts are also starts of" in text for text in results(tmp_path / "rank")["independence"])
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("tok", "patches"), ("wm", "autoregressive"), ("scorer", "success"), ("bc", "bc")]
+)
+def test_show_prints_the_spec(lab: Lab, worldline: Run, part: str, kind: str) -> None:
+    said = worldline("show", lab.root / part)
+    shown = json.loads(said.out)
+    assert said.code == 0 and shown["kind"] == kind and shown["weights"] >= 0
+    assert "data" in shown["provenance"]
+    if part != "tok":
+        assert [c["name"] for c in shown["spec"]["cameras"]] == ["rgb"] and shown["spec"]["fps"] == 10.0
+
+
+def test_inspect_reports_the_dataset(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    said = worldline("inspect", lab.data, "--out", tmp_path / "inspect", "--max-episodes", 3)
+    assert said.code == 0 and "report.html" in said.out
+    assert json.loads((tmp_path / "inspect" / "report.json").read_text())["results"]
+    assert (
+        worldline("inspect", lab.data, "--out", tmp_path / "inspect", "--max-episodes", 3).code == 0
+    )  # again, over it
+
+
+def test_an_interrupted_training_exits_130_and_goes_on(
+    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worldline.trainers import policy
+
+    out = tmp_path / "bc"
+    command = ["train", "policy", "--data", lab.data, "--out", out, "--max-steps", 6, "--loop.save-every", 2]
+    command += ["--policy.encoder.channels", 8, "--policy.encoder.size", 16, "--loop.batch-size", 4]
+    whole = policy._PolicyStage.batch
+
+    def interrupted(stage, seed, step, size):
+        if step == 3:
+            raise KeyboardInterrupt
+        return whole(stage, seed, step, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy._PolicyStage, "batch", interrupted)
+        said = worldline(*command)
+    assert said.code == 130 and "the same command goes on" in said.err and "Traceback" not in said.err
+    assert worldline(*command).code == 0
+    assert json.loads((out / "config.json").read_text())["provenance"]["steps"] == 6

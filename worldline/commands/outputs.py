@@ -1,0 +1,57 @@
+"""Output folders of the verbs: what may be written where, and the command that a report repeats."""
+
+import shlex
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from worldline.errors import WorldlineError
+
+# what a training run and a recording leave in their folder before anything of value
+CLAIMS = ("training/run.json", ".staging/settings.json", ".staging/recording.json")
+
+
+def check_report_folder(out: Path) -> None:
+    """Raise `WorldlineError` unless `out` is new, empty, or holds an earlier report: nothing else is written over."""
+    if out.is_dir():
+        held = sorted(path.name for path in out.iterdir())
+        if not held or {"report.json", "rollouts"} & set(held):
+            return
+        got = f"it holds {', '.join(held[:4])}"
+    elif out.exists():
+        got = "it is a file"
+    else:
+        return
+    raise WorldlineError(f"--out {out}: a new or empty folder, or one of an earlier report, is required; {got}.")
+
+
+def check_video_file(out: Path) -> None:
+    """Raise `WorldlineError` unless `out` names an mp4 file in a folder that is there or can be made."""
+    if out.suffix != ".mp4" or out.is_dir():
+        raise WorldlineError(f"--out: the name of a video file ending in .mp4 is required, got {out}.")
+    if blocked := [path for path in out.parents if path.exists() and not path.is_dir()]:
+        raise WorldlineError(f"--out {out}: {blocked[0]} is a file, a folder is required there.")
+
+
+def release_claim(out: Path) -> None:
+    """Take back the claim on `out` of a run that ended before it saved anything: a mistake must not bind the folder."""
+    held = [path for path in out.rglob("*") if not path.is_dir()]
+    if not held or any(path.relative_to(out).as_posix() not in CLAIMS for path in held):
+        return
+    for path in held:
+        path.unlink()
+    for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True):
+        folder.rmdir()
+    out.rmdir()
+
+
+def command_line(verb: str, config: Any) -> str:
+    """The command that gives `config`: every field that is not at its default."""
+    parts = ["worldline", verb]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None or (f.default is not MISSING and value == f.default):
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        parts += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(parts)

@@ -1,0 +1,169 @@
+"""What `rank` rolls out, in imagination and in the simulator, and where it keeps it.
+
+Every rollout is kept in the output folder as soon as it is done, under a hash of everything it depends on: an interrupted
+ranking goes on, and a ranking with one more policy rolls out that one alone.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldline.checkpoint import read_tensors, resolve, to_json, write_tensors
+from worldline.errors import WorldlineError
+from worldline.policies import CallablePolicy, Corrupted
+from worldline.policies.remote import RemotePolicy
+from worldline.sim.record import episode_seed
+from worldline.sim.rollout import RolloutResult, rollout_policy
+from worldline.sim.workers import WorldPool
+from worldline.types import Observation, Policy, WorldSpec, require_match
+
+TRUTH_STREAM = 777_000  # truth starts come from recordings numbered from here: no dataset is recorded with such a seed
+
+
+class Kept:
+    """Tensors on disk under a hash of what they depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, key: Sequence[Any], make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.folder / f"{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:20]}.safetensors"
+        if not path.is_file():
+            write_tensors(path, make())
+        return read_tensors(path)
+
+
+# --- identities -------------------------------------------------------------------------------------------------------
+
+
+def weights_of(folder: str | Path) -> str:
+    """Hash of a checkpoint: weights, config, spec, and those of a tokenizer saved beside it."""
+    digest, root = hashlib.sha256(), resolve(folder)
+    for part in (root, root / "tokenizer"):
+        for name in ("model.safetensors", "config.json", "spec.json"):
+            path = part / name
+            digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def identity_of(name: str, policy: Policy) -> list[Any]:
+    """What says that a policy is the same one as before.
+
+    A checkpoint is its files, a function its module's source, a served policy its address and what the server declares.
+    """
+    base, _, options = name.partition("@")
+    inner = policy.policy if isinstance(policy, Corrupted) else policy
+    if isinstance(inner, RemotePolicy):
+        return [base, inner.hello.name, to_json(inner.hello), options]
+    if isinstance(inner, CallablePolicy):
+        found = importlib.util.find_spec(base.partition(":")[0])
+        source = Path(found.origin).read_bytes() if found and found.origin and Path(found.origin).is_file() else b""
+        return [base, hashlib.sha256(source).hexdigest()[:16], options]
+    return [weights_of(base), options]
+
+
+def fingerprint_of(starts: Observation) -> str:
+    """Sixteen hex digits of first frames and poses."""
+    digest = hashlib.sha256(starts.pose.numpy().tobytes())
+    for camera in sorted(starts.images):
+        digest.update(starts.images[camera].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- truth ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruthSettings:
+    """A simulator as the world model knows it, and how it is used."""
+
+    world: str
+    spec: WorldSpec
+    episodes: int
+    starts: int  # at least `episodes`: imagination may start more often than the simulator
+    horizon: int
+    frames: int
+    seed: int
+    processes: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "cameras": [c.name for c in self.spec.cameras],
+            "size": self.spec.cameras[0].height,
+            "horizon": self.horizon,
+            "control_steps": self.spec.control_steps,
+        }
+
+    @property
+    def seeds(self) -> list[int]:
+        return [episode_seed(TRUTH_STREAM + self.seed, i) for i in range(self.starts)]
+
+
+class Truth:
+    """True rollouts of policies, from starts that imagination shares. Raises `SpecMismatch` for another simulator's data."""
+
+    def __init__(self, settings: TruthSettings, kept: Kept) -> None:
+        self.settings, self.kept = settings, kept
+        self.pool = WorldPool(settings.world, rows=8, processes=settings.processes, **settings.options)
+        try:
+            require_match(self.pool.spec, settings.spec, between=f"simulator {settings.world} and world model")
+        except WorldlineError:
+            self.pool.close()
+            raise
+
+    def __enter__(self) -> "Truth":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pool.close()
+
+    def starts(self) -> Observation:
+        """First frames, poses and instruction of every start."""
+        frames, seeds = [], self.settings.seeds
+        for i in range(0, len(seeds), self.pool.rows):
+            wave = self.pool.reset(dict(enumerate(seeds[i : i + self.pool.rows])))
+            frames += [wave[row] for row in sorted(wave)]
+        return Observation(
+            images={c: torch.stack([f.images[c] for f in frames]) for c in frames[0].images},
+            pose=torch.stack([f.pose for f in frames]),
+            instruction=(self.pool.instruction,) * len(frames),
+        )
+
+    def frame_success(self, name: str, policy: Policy, *, progress: str | None) -> Tensor:
+        """Success of every frame, "r t" bool. An episode that ended keeps what its last frame was."""
+        s = self.settings
+
+        def roll() -> dict[str, Tensor]:
+            found = rollout_policy(self.pool, policy, seeds=s.seeds[: s.episodes], progress=progress)
+            labels = [r.frame_success for r in found if r.frame_success is not None]
+            if len(labels) < len(found):
+                raise WorldlineError(
+                    f"--truth {s.world}: a simulator that tells success is required, this one does not. "
+                    "Leave --truth out and give --data."
+                )
+            return {
+                "frame_success": torch.stack([_held(label, s.horizon // s.spec.control_steps + 1) for label in labels])
+            }
+
+        key = ["truth", s.world, s.options, identity_of(name, policy), s.seeds[: s.episodes]]
+        return self.kept(key, roll)["frame_success"][:, : s.frames]
+
+    def videos(self, policy: Policy, count: int) -> list[dict[str, Tensor]]:
+        """Every frame of the first `count` episodes, as long as an imagined one: the last frame is held."""
+        found: list[RolloutResult] = rollout_policy(
+            self.pool, policy, seeds=self.settings.seeds[:count], keep_frames=True
+        )
+        return [{c: _held(x, self.settings.frames) for c, x in (r.frames or {}).items()} for r in found]
+
+
+def _held(frames: Tensor, length: int) -> Tensor:
+    """The first `length` rows, the last one repeated where there are fewer."""
+    return frames[torch.arange(length).clamp(max=len(frames) - 1)]

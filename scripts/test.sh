@@ -7,4 +7,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
 pyright
-pytest "$@"
+pytest -n 2 --dist loadfile "$@"

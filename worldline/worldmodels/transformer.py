@@ -124,15 +124,15 @@ class SpaceTimeTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers and token places: normal(0, 0.02), biases 0; but for two things.
+        """Linear layers: Xavier uniform, biases 0; token places: normal(0, 0.02); but for two things.
 
-        Gates start at 1: blocks work from the first step. (With the zero gates of DiT, a tenth-hour run spends a third of
-        its steps opening them: one-step error .44 against .33 after 150 steps on the dot world.)
-        Both output heads start at 0: the untrained network is copy-last-frame.
+        Gates start at 1: blocks work from the first step. Both output heads start at 0: the untrained network is
+        copy-last-frame. (After 150 steps on the dot world the one-step error was .44 with normal(0, 0.02) and DiT's zero
+        gates, .33 with gates at 1, .18 with Xavier as well: at these widths 0.02 starves the conditioning path.)
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for place in self.place.values():
             nn.init.normal_(place, std=0.02)

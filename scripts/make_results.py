@@ -20,14 +20,15 @@ from worldline.commands.recording import Record, run_record
 from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 
-# name -> (kind, demonstrations, steps at budget 1, seed): six trainings; corrupted ones share a training
+# name -> (kind, demonstrations, steps, seed): six trainings from good to poor; corrupted ones share a training.
+# Ten demonstrations and 400 steps already open the drawer nearly always, so the poor ones see few and train little.
 POLICIES = {
     "bc50": ("bc", 50, 600, 0),
     "dp50": ("diffusion", 50, 800, 2),
-    "bc25": ("bc", 25, 500, 3),
-    "dp15": ("diffusion", 15, 500, 5),
     "bc10": ("bc", 10, 400, 1),
     "bc5": ("bc", 5, 200, 4),
+    "bc3": ("bc", 3, 60, 3),
+    "dp5": ("diffusion", 5, 150, 5),
 }
 CORRUPTED = ("bc50@noise=0.8", "dp50@noise=1.5,lag=8")
 

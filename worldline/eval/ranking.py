@@ -198,7 +198,7 @@ def bias_correction(
                 out.setdefault("pearson", {})[key] = found.pearson
                 out.setdefault("mmrv", {})[key] = found.mmrv
     if len(names) >= 4:
-        out["leave_one_policy_out"] = to_json(leave_one_policy_out(y.mean(1), f.mean(1)))
+        out["leave_one_policy_out"] = to_json(leave_one_policy_out(y.mean(1), f.mean(1), names=list(names)))
     return out
 
 

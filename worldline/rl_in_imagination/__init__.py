@@ -1,0 +1,16 @@
+"""Rollouts inside a frozen world model: the dream, its Gymnasium face, and what tells success in it."""
+
+from worldline.rl_in_imagination.dream import Dream, DreamState, Rollouts, rollout
+from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
+from worldline.rl_in_imagination.vector_env import ImaginedVectorEnv, to_observation
+
+__all__ = [
+    "Dream",
+    "DreamState",
+    "ImaginedVectorEnv",
+    "Rollouts",
+    "SuccessConfig",
+    "SuccessScorer",
+    "rollout",
+    "to_observation",
+]

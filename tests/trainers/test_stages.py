@@ -85,8 +85,9 @@ def test_the_published_world_model_is_self_contained(dreamer, patches):
     assert facts(dreamer, "world-model")["weights"] == sum(p.numel() for p in model.parameters())
 
 
-def test_a_world_model_interrupted_and_resumed_is_bit_exact(dots, patches, tmp_path, monkeypatch):
-    options = {"loop": loop(6, batch_size=4, save_every=2, eval_every=6)}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, patches, tmp_path, monkeypatch):
+    options = {"loop": loop(6, batch_size=4, save_every=2, eval_every=6, optimizer=optimizer)}
     straight = world_model.run(world_model_config(dots, patches, tmp_path / "straight", **options), progress=False)
     whole = world_model._WorldModelStage.batch
 

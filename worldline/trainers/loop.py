@@ -16,11 +16,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from worldline.checkpoint import read_json, read_tensors, write_json, write_tensors
 from worldline.errors import CheckpointError, WorldlineError
+from worldline.trainers.speed import build_optimizers, compile_network, should_compile
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ class LoopConfig:
     accumulate: int = 1
     """Batches summed into one optimiser step."""
     lr: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: PyTorch's Muon for the matrices inside a transformer's blocks, AdamW for the rest (world models only)."""
+    muon_lr: float = 4e-3
+    """Learning rate of Muon's matrices, scaled to AdamW's size of update."""
     weight_decay: float = 0.01
     warmup: int = 50
     """Steps over which the learning rate rises from 0."""
@@ -63,6 +68,8 @@ class LoopConfig:
     """Weights & Biases project that mirrors the TensorBoard log, which is always written."""
     mixed_precision: str = "auto"
     """auto: bf16 on GPUs that have it, full precision on CPUs. Or no, fp16, bf16."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """torch.compile the network (world models only). auto: runs of at least 2,000 steps, if a C++ compiler is there."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "eval_every"):
@@ -70,6 +77,8 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lr < math.inf or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be at least 0 and ema in [0, 1), got lr={self.lr} and ema={self.ema}")
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError("optimizer muon is not made for mixed_precision fp16: use bf16 or no")
         if self.mixed_precision not in ("auto", "no", "fp16", "bf16"):
             raise ValueError(f"mixed_precision must be auto, no, fp16 or bf16, got {self.mixed_precision!r}")
 
@@ -121,10 +130,11 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
     stage.model.to(device)
     ema = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
     ema.module.eval()  # it is only ever evaluated and published
-    optimizer = torch.optim.AdamW(_groups(stage.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.99))
-    loss_module, optimizer = accelerator.prepare(_Loss(stage), optimizer)
+    loss_module, *optimizers = accelerator.prepare(_Loss(stage), *build_optimizers(stage.model, config))
     state = out / "training"
-    step, seconds = _restore(state, stage, ema, optimizer, config)
+    step, seconds = _restore(state, stage, ema, optimizers, config)
+    if should_compile(config, device.type):
+        compile_network(stage.model)
     if config.wandb and accelerator.is_main_process:
         _mirror_on_wandb(config.wandb, out)
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=step) if accelerator.is_main_process else None
@@ -137,7 +147,7 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
     def save(last: bool) -> None:
         nonlocal saved
         if accelerator.is_main_process and (saved != step or last):
-            _store(state, stage, ema, optimizer, config, step, time.monotonic() - started)
+            _store(state, stage, ema, optimizers, config, step, time.monotonic() - started)
             facts = {
                 "steps": step,
                 "seconds": round(time.monotonic() - started),
@@ -162,10 +172,10 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
                 break
 
             # --- step -------------------------------------------------------------------------------------------------
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _schedule(step, config)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["initial_lr"] * _schedule(step, config)
             stage.model.train()
-            optimizer.zero_grad()
+            loss_module.zero_grad()
             loss, shown = torch.zeros((), device=device), {}
             with _held_back_interrupts():
                 for i in range(config.accumulate):
@@ -184,7 +194,8 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
                 # fp16's scaler meets infinite gradients by design, and skips them
                 if accelerator.scaler is None and norm is not None:
                     _require_finite(norm, "gradient norm", f"{stage.name}, step {step}, rank {rank}", state)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 step += 1
                 _average(ema, stage.model, step, config.ema)
                 whole = True
@@ -271,15 +282,6 @@ def _schedule(step: int, config: LoopConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup), left)
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 @torch.no_grad()
 def _average(ema: AveragedModel, model: nn.Module, step: int, decay: float) -> None:
     """EMA whose decay starts low, so that short runs are not averaged with the initial weights."""
@@ -295,24 +297,33 @@ def _mix_seed(seed: int, draw: int) -> int:
 
 
 def _store(
-    state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, config: LoopConfig, step: int, seconds: float
+    state: Path,
+    stage: Stage,
+    ema: AveragedModel,
+    optimizers: Sequence[Any],
+    config: LoopConfig,
+    step: int,
+    seconds: float,
 ) -> None:
     tensors = {f"model/{k}": v for k, v in stage.model.state_dict().items()}
     tensors |= {f"ema/{k}": v for k, v in ema.module.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
+    for which, optimizer in enumerate(optimizers):
+        for index, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{which}/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
     # one file holds all that must agree, so a kill between two writes cannot mix two steps
     tensors |= {"step": torch.tensor(step), "seconds": torch.tensor(seconds), "averaged": ema.n_averaged}
     write_json(state / "loop.json", asdict(config))
     write_tensors(state / "state.safetensors", tensors)
 
 
-def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, config: LoopConfig) -> tuple[int, float]:
+def _restore(
+    state: Path, stage: Stage, ema: AveragedModel, optimizers: Sequence[Any], config: LoopConfig
+) -> tuple[int, float]:
     """Load what `_store` wrote. Only the length and the bookkeeping of a run may change when it goes on."""
     if not (state / "state.safetensors").is_file():
         return 0, 0.0
     before = read_json(state / "loop.json")
-    free = {"steps", "save_every", "eval_every", "wandb"}
+    free = {"steps", "save_every", "eval_every", "wandb", "compile"}
     changed = [
         f"  loop.{k}: required {before.get(k)!r}, got {v!r}"
         for k, v in asdict(config).items()
@@ -326,13 +337,13 @@ def _restore(state: Path, stage: Stage, ema: AveragedModel, optimizer: Any, conf
     stage.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
     ema.module.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema/")})
     ema.n_averaged.copy_(tensors["averaged"])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            slots.setdefault(int(index), {})[name] = value
-    full = optimizer.state_dict()
-    optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
+    for which, optimizer in enumerate(optimizers):
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer/{which}/"):
+                _, _, index, name = key.split("/")
+                slots.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     step = int(tensors["step"])
     log.info("resuming %s at step %d", state.parent, step)
     return step, float(tensors["seconds"])

@@ -100,6 +100,11 @@ class AutoregressiveWorldModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks: what Muon may train."""
+        named = self.network.blocks.named_parameters()
+        return [p for name, p in named if p.ndim == 2 and min(p.shape) > 2 and "modulation" not in name]
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:

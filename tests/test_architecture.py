@@ -19,7 +19,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # lower may not import higher; members of one level may not import each other, except within a package
 LEVELS = (
     ("errors",),
-    ("types", "checkpoint"),
+    ("types",),
+    ("checkpoint",),
     ("executor",),
     ("diffusion",),
     ("data",),

@@ -20,6 +20,7 @@ from worldline import cli
 from worldline.data import LeRobotDataset
 from worldline.eval import PolicyContrasts, PredictionPowered, RankStatistics, ScorerCalibration
 from worldline.eval.report import REPORT_KEYS
+from worldline.worldmodels import load_world_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,17 +77,29 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     assert "MMRV 0.075" in ran.stdout
 
 
-def test_the_recipe_for_foreign_columns_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_for_droid_runs_from_the_drawing_to_the_dream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/data.md as it stands, on two short episodes of small frames and two training steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLDLINE_CACHE", str(tmp_path / "cache"))
     page = ROOT / "docs/data.md"
     (draw,) = [w for b in blocks(page, "bash") for w in command_lines(b) if "make_droid_like.py" in w[1]]
-    monkeypatch.setattr(sys, "argv", [*draw[1:], "--episodes", "2", "--frames", "10", "--size", "32x48"])
+    monkeypatch.setattr(sys, "argv", [*draw[1:], "--episodes", "2", "--frames", "30", "--size", "32x48"])
     runpy.run_path(str(ROOT / draw[1]), run_name="__main__")
     (recipe,) = blocks(page, "python")
     exec(compile(recipe, str(page), "exec"), {})
     spec = LeRobotDataset("data/droid-cartesian").spec  # opened without arguments: it now says itself what it holds
     assert (spec.action.kind, spec.action.space, spec.action.dim) == ("absolute", "cartesian", 7)
     assert spec.pose_names == spec.action.names and len(spec.cameras) == 3
+
+    short = {"tokenizer": ["--max-steps", "2"], "world-model": ["--max-steps", "2", "--loop.batch-size", "1"]}
+    (verbs,) = [command_lines(b) for b in blocks(page, "bash") if "droid-wm" in b]
+    assert [words[1] for words in verbs] == ["inspect", "train", "train", "imagine"]
+    for words in verbs:
+        assert cli.main([*words[1:], *short.get(words[2], [])]) in (None, 0), f"{shlex.join(words)} failed"
+    assert (tmp_path / "droid.mp4").stat().st_size > 1000
+    assert load_world_model("runs/droid-wm")[0].spec.control_steps == 3
 
 
 def test_command_lines_parse(parse: Any) -> None:

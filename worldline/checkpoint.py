@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, TypeVar
@@ -23,8 +23,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from worldline.errors import CheckpointError
+from worldline.types import WorldSpec
 
 T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 FORMAT = 1
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -184,6 +186,20 @@ def load_tensors(module: torch.nn.Module, folder: str | Path) -> None:
     if wrong:
         raise CheckpointError(f"{folder}: the weights do not fit the model:\n  " + "\n  ".join(wrong[:10]))
     module.load_state_dict(tensors)
+
+
+def load_part(folder: str | Path, *, part: str, build: Callable[[Any, WorldSpec, str], M]) -> M:
+    """A trained part in evaluation mode, from a folder or the Hugging Face Hub: the counterpart of `save_part`.
+
+    `build(config, spec, source)` makes the untrained module from what was saved; `source` names the config in errors.
+    Raises `CheckpointError` if the folder is not such a part or its weights do not fit.
+    """
+    folder = resolve(folder)
+    config = load_config(folder, part=part)["config"]
+    spec = from_json(WorldSpec, read_json(folder / "spec.json"), source=f"{folder}/spec.json")
+    module = build(config, spec, f"{folder}/config.json")
+    load_tensors(module, folder)
+    return module.eval()
 
 
 def resolve(folder: str | Path) -> Path:

@@ -1,5 +1,6 @@
 """The Gymnasium adapter, on a point that moves along a line."""
 
+import gymnasium
 import pytest
 import torch
 
@@ -52,3 +53,15 @@ def test_mistakes_are_named() -> None:
         make_world("gym/CartPoel-v1", cameras=())
     with pytest.raises(SimulatorError, match="cameras: rgb"):
         make_world(f"gym/{POINT}", cameras=("corner2",))
+
+
+def test_a_missing_drawing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environments import what they draw with at the first picture, long after they were made."""
+    world = make_world(f"gym/{POINT}", size=16)
+
+    def render(self: object) -> None:
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+    monkeypatch.setattr(type(world._env), "render", render)  # type: ignore[attr-defined]
+    with pytest.raises(SimulatorError, match=r"cannot be rendered: pygame is not installed"):
+        world.reset(0)

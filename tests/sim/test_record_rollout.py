@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.sim.toys import POINT, Push, push_broken, push_reach
+from worldline.commands.recording import Record, run_record
 from worldline.data.lerobot_read import LeRobotDataset
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, PolicyError, SimulatorError, SpecMismatch
@@ -134,3 +135,8 @@ def test_rollout_mistakes_are_named() -> None:
         rollout_policy(f"gym/{POINT}", Push(spec, float("nan")), seeds=[0], cameras=())
     with pytest.raises(SimulatorError, match="seed"):
         rollout_policy(f"gym/{POINT}", Push(spec, 0.0), seeds=[], cameras=())
+
+
+def test_without_experts_the_default_policy_is_random(tmp_path: Path) -> None:
+    run_record(Record(world=f"gym/{POINT}", out=tmp_path / "g", episodes=2, size=16, horizon=16), progress=False)
+    assert LeRobotDataset(tmp_path / "g").episode(0).provenance["policy"] == "random"

@@ -29,8 +29,9 @@ class Record:
     out: Path
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
-    policy: str = "mixed"
-    """mixed (experts, perturbed experts, random, play), one of its parts, a policy folder, module:function, ws://host:port."""
+    policy: str | None = None
+    """mixed (experts, perturbed experts, random, play), one of its parts, a policy folder, module:function, ws://host:port.
+    By default mixed in Meta-World, random in other simulators, which have no experts."""
     cameras: tuple[str, ...] = ()
     """Views to record; the world's own by default (Meta-World: corner2 gripperPOV)."""
     size: int = 64
@@ -46,20 +47,21 @@ class Record:
 
 def run_record(config: Record, *, progress: bool = True) -> Path:
     """Record, and return the dataset's folder. Goes on with an interrupted recording of the same settings."""
-    policy: Any = config.policy
-    if policy not in POLICIES:
-        if not _names_a_policy(policy):
+    label = config.policy or ("mixed" if config.world.startswith("metaworld/") else "random")
+    policy: Any = label
+    if label not in POLICIES:
+        if not _names_a_policy(label):
             raise DatasetError(
-                f"--policy {policy!r}: one of {', '.join(POLICIES)}, a policy folder, module:function or ws://host:port required"
+                f"--policy {label!r}: one of {', '.join(POLICIES)}, a policy folder, module:function or ws://host:port required"
             )
-        policy = partial(_load, config)
+        policy = partial(_load, config, label)
     try:
         return record(
             config.world,
             config.out,
             episodes=config.episodes,
             policy=policy,
-            label=config.policy,
+            label=label,
             cameras=config.cameras or None,
             size=config.size,
             seed=config.seed,
@@ -84,12 +86,12 @@ def _names_a_policy(name: str) -> bool:
     return ":" in base or Path(base).is_dir() or "/" in base
 
 
-def _load(config: Record) -> Any:
+def _load(config: Record, policy: str) -> Any:
     """Called once in every worker process."""
     options = {"size": config.size, "horizon": config.horizon, "control_steps": config.control_steps}
     world = make_world(config.world, cameras=config.cameras or None, **options)
     try:
-        return load_policy(config.policy, spec=world.spec)
+        return load_policy(policy, spec=world.spec)
     finally:
         world.close()
 

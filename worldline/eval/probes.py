@@ -80,12 +80,8 @@ class Probe(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Probe":
-        folder = checkpoint.resolve(folder)
-        data = checkpoint.load_config(folder, part="probe")["config"]
-        probe = cls(
-            checkpoint.from_json(ProbeConfig, data["probe"], source=f"{folder}/config.json"),
-            checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
-            RobustNormalizer.from_dict(data["normalizer"]),
-        )
-        checkpoint.load_tensors(probe, folder)
-        return probe.eval()
+        def build(config: Any, spec: WorldSpec, source: str) -> "Probe":
+            normalizer = RobustNormalizer.from_dict(config["normalizer"])
+            return cls(checkpoint.from_json(ProbeConfig, config["probe"], source=source), spec, normalizer)
+
+        return checkpoint.load_part(folder, part="probe", build=build)

@@ -177,13 +177,12 @@ class ClonedPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClonedPolicy":
-        folder = checkpoint.resolve(folder)
-        data = checkpoint.load_config(folder, part="policy")["config"]
-        policy = cls(
-            checkpoint.from_json(PolicyConfig, data["policy"], source=f"{folder}/config.json"),
-            checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
-            action_normalizer=RobustNormalizer.from_dict(data["action_normalizer"]),
-            pose_normalizer=RobustNormalizer.from_dict(data["pose_normalizer"]),
-        )
-        checkpoint.load_tensors(policy, folder)
-        return policy.eval()
+        def build(config: Any, spec: WorldSpec, source: str) -> "ClonedPolicy":
+            return cls(
+                checkpoint.from_json(PolicyConfig, config["policy"], source=source),
+                spec,
+                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
+                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
+            )
+
+        return checkpoint.load_part(folder, part="policy", build=build)

@@ -101,14 +101,10 @@ class SuccessScorer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SuccessScorer":
-        folder = checkpoint.resolve(folder)
-        data = checkpoint.load_config(folder, part="scorer")["config"]
-        scorer = cls(
-            checkpoint.from_json(SuccessConfig, data, source=f"{folder}/config.json"),
-            checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
-        )
-        checkpoint.load_tensors(scorer, folder)
-        return scorer.eval()
+        def build(config: Any, spec: WorldSpec, source: str) -> "SuccessScorer":
+            return cls(checkpoint.from_json(SuccessConfig, config, source=source), spec)
+
+        return checkpoint.load_part(folder, part="scorer", build=build)
 
 
 def episode_success(done: Bool[Tensor, "n t"], *, persist: int) -> Bool[Tensor, " n"]:

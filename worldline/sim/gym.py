@@ -133,7 +133,10 @@ class GymWorld:
         return SimFrame(images=images, pose=state.clone(), state=state)
 
     def _render(self) -> Tensor:
-        picture = self._env.render()
+        try:
+            picture = self._env.render()
+        except gymnasium.error.DependencyNotInstalled as error:  # environments import their drawing library late
+            raise SimulatorError(f"{self._name} cannot be rendered: {error}") from error
         if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[2] != 3:
             raise SimulatorError(f"{self._name}: render() must return an RGB array (h, w, 3), got {type(picture)}.")
         small = Image.fromarray(picture).resize((self._size, self._size), Image.Resampling.BOX)

@@ -278,16 +278,15 @@ class AutoregressiveWorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "AutoregressiveWorldModel":
-        folder = checkpoint.resolve(folder)
-        data = checkpoint.load_config(folder, part="world-model")["config"]
-        model = cls(
-            checkpoint.from_json(AutoregressiveConfig, data["model"], source=f"{folder}/config.json"),
-            checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
-            action_normalizer=RobustNormalizer.from_dict(data["action_normalizer"]),
-            pose_normalizer=RobustNormalizer.from_dict(data["pose_normalizer"]),
-        )
-        checkpoint.load_tensors(model, folder)
-        return model.eval()
+        def build(config: Any, spec: WorldSpec, source: str) -> "AutoregressiveWorldModel":
+            return cls(
+                checkpoint.from_json(AutoregressiveConfig, config["model"], source=source),
+                spec,
+                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
+                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
+            )
+
+        return checkpoint.load_part(folder, part="world-model", build=build)
 
 
 def _shift(x: Tensor) -> Tensor:

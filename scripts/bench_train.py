@@ -9,6 +9,9 @@ Three measurements on untrained networks and random data, each the best of three
 - the reference job: batch 1, 8 frames of 4x32x32 latents, patch 2, width 384, 12 attention layers, 6 heads, float32. The
   plain pass over the 8 frames is what other implementations time; the doubled pass is what this one trains with;
 - streaming at those sizes: 4 context frames, then 8 new ones at 4 solver steps.
+
+Training steps are timed once more with the network compiled, as trainings of 2,000 steps and more run (--no-compile leaves
+it out), and the compiled network's loss and gradients are held against the plain one's.
 """
 
 import argparse
@@ -27,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldline.data import RobustNormalizer
+from worldline.trainers.loop import LoopConfig
+from worldline.trainers.speed import build_optimizers, compile_network
 from worldline.trainers.world_model import PRESETS
 from worldline.types import ActionSpec, CameraSpec, Clip, LatentSpec, WorldSpec
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
@@ -34,6 +39,7 @@ from worldline.worldmodels.transformer import FrameBatch, banded_causal_mask
 
 SHARE_GOAL = 0.6
 PUBLISHED = {"forward_ms": 750.0, "step_ms": 2262.0, "streaming": 0.85}  # the leanest published implementation
+ADAMW = LoopConfig(lr=1e-4)  # what others time; the preset is timed with its own optimisers
 GOAL = 0.7  # of the published times
 
 
@@ -92,15 +98,16 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def stepper(model: AutoregressiveWorldModel, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Forward, backward, clipping and AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def stepper(model: AutoregressiveWorldModel, loss: Callable[[], Tensor], config: LoopConfig) -> Callable[[], None]:
+    """Forward, backward, clipping and the optimisers of `config`."""
+    optimizers = build_optimizers(model, config)
 
     def step() -> None:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
@@ -146,7 +153,31 @@ def alone(shape: tuple[int, int, int, int], device: torch.device, repeats: int) 
     return best_of(lambda: (x @ w, y @ w.transpose(-1, -2), x.transpose(-1, -2) @ y), repeats)
 
 
-def measure_preset(repeats: int) -> dict[str, float]:
+def compiled(
+    model: AutoregressiveWorldModel, loss: Callable[[], Tensor], config: LoopConfig, repeats: int
+) -> dict[str, float]:
+    """Compile the network in place; step time afterwards, and how far loss and gradients moved (relative)."""
+
+    def measure() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        return value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    plain_loss, plain = measure()
+    start = time.perf_counter()
+    compile_network(model)
+    new_loss, new = measure()
+    seconds = time.perf_counter() - start
+    return {
+        "compile_s": seconds,
+        "compiled_loss_difference": float((new_loss - plain_loss).abs() / plain_loss.abs()),
+        "compiled_gradient_difference": float((new - plain).norm() / plain.norm()),
+        "compiled_step_ms": 1e3 * best_of(stepper(model, loss, config), repeats),
+    }
+
+
+def measure_preset(repeats: int, compile: bool) -> dict[str, float]:
     config = PRESETS["tiny"][1]
     batch, frames, cameras = config["loop"].batch_size, 10, 2
     model = build((8, 8, 8), cameras, config["model"].network)
@@ -157,11 +188,16 @@ def measure_preset(repeats: int) -> dict[str, float]:
 
     print(f"tiny preset: batch {batch}, {frames} frames, {cameras} cameras ...", flush=True)
     shapes = matrix_products(model, loss)
-    seconds = best_of(stepper(model, loss), repeats)
+    seconds = best_of(stepper(model, loss, config["loop"]), repeats)
     print(f"  {len(shapes)} shapes of matrix products alone ...", flush=True)
     products = sum(count * alone(shape, model.device, repeats) for shape, count in shapes.items())
     work = sum(6e-9 * b * r * i * c * count for (b, r, i, c), count in shapes.items())
-    return {
+    more: dict[str, float] = {}
+    if compile:
+        print("  compiled ...", flush=True)
+        more = compiled(model, lambda: model.loss(clip, generator.manual_seed(0))[0], config["loop"], repeats)
+        more["compiled_share_of_products_rate"] = 1e3 * products / more["compiled_step_ms"]
+    return more | {
         "step_ms": 1e3 * seconds,
         "samples_per_second": batch / seconds,
         "gflop": work,
@@ -171,7 +207,7 @@ def measure_preset(repeats: int) -> dict[str, float]:
     }
 
 
-def measure_reference(repeats: int) -> dict[str, float]:
+def measure_reference(repeats: int, compile: bool) -> dict[str, float]:
     network = TransformerConfig(width=384, depth=6, heads=6, window=8, patch=2)  # depth counts pairs: 12 attentions
     model = build((4, 32, 32), 1, network)
     device, clip = model.device, random_clip(model, 1, 8)
@@ -204,11 +240,16 @@ def measure_reference(repeats: int) -> dict[str, float]:
         out["forward_ms"] = 1e3 * best_of(forward, repeats)
     print("reference job: training step ...", flush=True)
     out["step_gflop"] = gflop(lambda: forward().backward())
-    out["step_ms"] = 1e3 * best_of(stepper(model, forward), repeats)
+    out["step_ms"] = 1e3 * best_of(stepper(model, forward, ADAMW), repeats)
     print("reference job: training step of the doubled pass ...", flush=True)
-    out["doubled_step_ms"] = 1e3 * best_of(stepper(model, lambda: model.loss(clip)[0]), repeats)
+    out["doubled_step_ms"] = 1e3 * best_of(stepper(model, lambda: model.loss(clip)[0], ADAMW), repeats)
     print("reference job: streaming ...", flush=True)
     out["streaming_frames_per_second"] = 8 / best_of(stream, repeats)
+    if compile:
+        print("reference job: compiled ...", flush=True)
+        out |= compiled(model, forward, ADAMW, repeats)
+        with torch.no_grad():
+            out["compiled_forward_ms"] = 1e3 * best_of(forward, repeats)
     return out
 
 
@@ -220,9 +261,24 @@ def report(preset: dict[str, float], job: dict[str, float], matmul: float) -> st
         f"{100 * preset['share_of_products_rate']:.0f}% of the rate they reach (goal {100 * SHARE_GOAL:.0f}%)",
         f"reference job ({job['weights'] / 1e6:.1f}M weights)",
     ]
-    for name, title in (("forward", "forward"), ("step", "training step")):
-        ms, work = job[f"{name}_ms"], job[f"{name}_gflop"]
-        goal = GOAL * PUBLISHED[f"{name}_ms"]
+    if "compiled_step_ms" in preset:
+        lines.insert(
+            3,
+            f"  {preset['compiled_step_ms']:8.0f} ms compiled ({preset['compile_s']:.0f} s to compile): "
+            f"{100 * preset['compiled_share_of_products_rate']:.0f}% of that rate; loss and gradients move by "
+            f"{preset['compiled_loss_difference']:.0e} and {preset['compiled_gradient_difference']:.0e}",
+        )
+    for name, title in (
+        ("forward", "forward"),
+        ("step", "training step"),
+        ("compiled_forward", "forward, compiled"),
+        ("compiled_step", "training step, compiled"),
+    ):
+        if f"{name}_ms" not in job:
+            continue
+        name_plain = name.removeprefix("compiled_")
+        ms, work = job[f"{name}_ms"], job[f"{name_plain}_gflop"]
+        goal = GOAL * PUBLISHED[f"{name_plain}_ms"]
         lines.append(f"  {ms:8.0f} ms {title}, {work:.0f} GFLOP, {1e3 * work / ms:.0f} GFLOP/s (goal {goal:.0f} ms)")
     lines += [
         f"  {job['doubled_step_ms']:8.0f} ms training step of the doubled pass (7 clean and 7 noisy frames)",
@@ -237,6 +293,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
     parser.add_argument("--threads", type=int, help="CPU threads (on a busy machine fewer are faster)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out the compiled network (a C++ compiler is needed)"
+    )
     parser.add_argument("--json", type=Path, help="write the measurements here too")
     args = parser.parse_args()
     if args.threads:
@@ -246,7 +305,8 @@ def main() -> None:
     print(f"{name} · torch {torch.__version__}", flush=True)
     square = torch.randn(2048, 2048, device="cuda" if on_gpu else "cpu")
     matmul = 2 * 2048**3 / best_of(lambda: square @ square, args.repeats) / 1e9
-    preset, job = measure_preset(args.repeats), measure_reference(args.repeats)
+    compile = not args.no_compile
+    preset, job = measure_preset(args.repeats, compile), measure_reference(args.repeats, compile)
     print(report(preset, job, matmul))
     if args.json:
         found = {"device": name, "torch": torch.__version__, "matmul_gflops": matmul, "tiny": preset, "reference": job}

@@ -106,7 +106,7 @@ def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imag
     command = [
         "rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--out", out, "--truth", WORLD,
         "--horizon", 20, "--processes", 0, "--episodes", 6, "--imagined-episodes", 8, "--correct-with", 4,
-        "--policies", idler, runner, lab.bc, "tests.commands.dots:mixed",
+        "--through-tokenizer", 4, "--policies", idler, runner, lab.bc, "tests.commands.dots:mixed",
     ]  # fmt: skip
     said = worldline(*command)
     assert said.code == 0, said.err
@@ -115,6 +115,10 @@ def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imag
     real = {row["policy"].rpartition(":")[2]: row["real"] for row in found["policies"]}
     assert real["runner"] == 1.0 and real["idler"] == 0.0  # and `mixed` ends episodes at different frames
     assert found["frames"] == 11
+    through = found["through_tokenizer"]
+    assert through["episodes"] == 4 and len(through["policies"]) == 4
+    # the lab's tokenizer is pixel patches, which lose nothing: nothing may change
+    assert all(row["through"] == row["real"] for row in through["policies"])
     assert found["statistics"]["policies"] and found["corrected"]["real_rollouts"] == 4
     rates = [row["imagined"] for row in found["policies"]]
     assert rates == sorted(rates, reverse=True)

@@ -6,11 +6,12 @@ import types
 import pytest
 import torch
 
-from tests.oracles import SPEC, DotPolicy
+from tests.oracles import SPEC, DotPolicy, dot_tokenizer
 from tests.policies.dots import small_policy, starts
 from worldline.errors import PolicyError
 from worldline.executor import ChunkExecutor
-from worldline.policies import CallablePolicy, Corrupted, load_policy
+from worldline.policies import CallablePolicy, Corrupted, ThroughTokenizer, load_policy
+from worldline.tokenizers import AutoencoderConfig, AutoencoderTokenizer, build_autoencoder
 from worldline.types import Observation, Policy, TensorState
 
 
@@ -142,3 +143,26 @@ def test_corruption_is_typed_behind_the_name(tmp_path) -> None:
 def test_a_mistyped_corruption_names_the_item(options: str, module: types.ModuleType) -> None:
     with pytest.raises(PolicyError, match="noise=NUMBER and lag=STEPS required"):
         load_policy(f"a_users_policy:right@{options}", spec=SPEC)
+
+
+def test_through_a_tokenizer_a_policy_sees_what_is_left_of_the_picture() -> None:
+    """Lossless patches change nothing; an untrained autoencoder hides the dot from a policy that looks for it."""
+    begin, seeds = starts(5), torch.arange(5)
+    policy = DotPolicy(0.5)
+    plain, _ = policy.act(begin, policy.reset(5), seeds=seeds)
+    exact = ThroughTokenizer(policy, dot_tokenizer())
+    assert torch.equal(exact.act(begin, exact.reset(5), seeds=seeds)[0], plain)
+    torch.manual_seed(0)
+    lossy = AutoencoderTokenizer(SPEC.cameras, build_autoencoder(AutoencoderConfig(blocks=(8, 8), fold=2)))
+    seen = []
+
+    def act(observation: Observation) -> torch.Tensor:
+        seen.append(observation)
+        return torch.zeros(len(observation), 2, 2)
+
+    through = ThroughTokenizer(CallablePolicy(act, SPEC), lossy.eval())
+    through.act(begin, through.reset(5), seeds=seeds)
+    frames = {"top": begin.images["top"][:, None]}
+    assert torch.equal(seen[0].images["top"], lossy.decode(lossy.encode(frames))["top"][:, 0])
+    assert not torch.equal(seen[0].images["top"], begin.images["top"])
+    assert torch.equal(seen[0].pose, begin.pose) and seen[0].instruction == begin.instruction

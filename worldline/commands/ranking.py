@@ -23,10 +23,11 @@ from worldline.eval.ranking import (
     policy_table,
     replay_diagnostic,
     summarize_ranking,
+    tokenizer_table,
 )
 from worldline.eval.world_model import Replays, load_replays
 from worldline.executor import index_observation
-from worldline.policies import load_policy
+from worldline.policies import ThroughTokenizer, load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import Observation, Policy, require_match
@@ -68,6 +69,9 @@ class Rank:
     """The training each policy comes from; by default its name up to '@'. Policies of one training are not independent."""
     correct_with: int = 10
     """True rollouts a policy that the bias correction may use."""
+    through_tokenizer: int = 0
+    """True rollouts a policy that sees each frame encoded and decoded: parts the tokenizer's share of a gap from the
+    dynamics' share. Needs --truth."""
     solver_steps: int | None = None
     seed: int = 0
     batch: int = 50
@@ -86,6 +90,11 @@ class Rank:
         if not self.truth and not self.data:
             raise ValueError(
                 "either --truth SIMULATOR or --data DATASET is required: dreams need first frames to start from"
+            )
+        if self.through_tokenizer and (not self.truth or not 0 <= self.through_tokenizer <= self.episodes):
+            raise ValueError(
+                f"--through-tokenizer: --truth and at most its --episodes ({self.episodes}) required, got "
+                f"{self.through_tokenizer} with --truth {self.truth}"
             )
         for name in ("episodes", "imagined_episodes", "horizon", "batch"):
             if getattr(self, name) < 1:
@@ -126,14 +135,19 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
         if replays is not None and replays.frame_success is not None:
             diagnostic, _ = replay_diagnostic(dream, scorer, replays, seed=config.seed, progress=progress)
         threshold = diagnostic.threshold if diagnostic else scorer.config.threshold
-        frame_success = None
+        frame_success, through = None, None
         if truth is not None:
             starts, frames = truth.starts(), truth.settings.frames
             success = [
-                truth.frame_success(name, policy, progress=f"simulate {label}" if progress else None)
+                truth.frame_success(
+                    identity_of(name, policy), policy, progress=f"simulate {label}" if progress else None
+                )
                 for (name, policy), label in zip(policies.items(), labels(config.policies))
             ]
             frame_success = torch.stack(success)
+            through = (
+                _through_tokenizer(config, judges, truth, policies, progress) if config.through_tokenizer else None
+            )
         else:
             assert replays is not None, "the config requires --data without --truth"
             starts, frames = _repeat(replays.first, config.imagined_episodes), replays.poses.shape[1]
@@ -147,7 +161,12 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             correct_with=config.correct_with,
             seed=config.seed,
         )
-        results = _results(config, ranked, diagnostic, threshold, frames) | {"independence": warnings}
+        results = _results(config, ranked, diagnostic, threshold, frames) | {
+            "independence": warnings,
+            "through_tokenizer": None
+            if through is None
+            else tokenizer_table(ranked, through, persist=scorer.config.persist),
+        }
         report = Report("Policy ranking", command=command_line("rank", config), provenance=_provenance(config, scorer))
         ranking_page(report, config.data is not None, ranked, diagnostic, results, warnings)
         _videos(report, config, judges, policies, ranked, starts, frames, truth)
@@ -212,6 +231,19 @@ def _imagine(
 
         key = ["imagined", judges.identity, identity_of(name, policy), frames, fingerprint_of(starts)]
         found.append(judges.kept(key, imagine)["probability"])
+    return torch.stack(found)
+
+
+def _through_tokenizer(
+    config: Rank, judges: _Judges, truth: Truth, policies: dict[str, Policy], progress: bool
+) -> Tensor:
+    """True success of every frame, "policies r t", of policies that see reconstructed frames."""
+    tokenizer, found = judges.dream.tokenizer, []
+    for (name, policy), label in zip(policies.items(), labels(config.policies)):
+        identity = ["through", tokenizer.latent_spec.fingerprint, *identity_of(name, policy)]
+        shown = f"simulate {label} on reconstructed frames" if progress else None
+        seeing = ThroughTokenizer(policy, tokenizer)
+        found.append(truth.frame_success(identity, seeing, episodes=config.through_tokenizer, progress=shown))
     return torch.stack(found)
 
 

@@ -50,6 +50,21 @@ def ranking_page(
         rates["true"] = [r["real"] for r in rows]
         intervals["true"] = [Interval(**r["real_interval"]) for r in rows]
     report.plot("Success by policy", success_bars(rates, intervals, names))
+    if (through := results["through_tokenizer"]) is not None:
+        report.table(
+            f"Where the gap comes from: true success in the same {through['episodes']} episodes",
+            ["policy", "on true frames", "on frames through the tokenizer", "95% interval", "imagined"],
+            [
+                [
+                    p["policy"],
+                    f"{p['real']:.0%}",
+                    f"{p['through']:.0%}",
+                    _span(p["through_interval"]),
+                    f"{p['imagined']:.0%}",
+                ]
+                for p in through["policies"]
+            ],
+        )
     _correction(report, ranked)
     needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
     report.table(

@@ -137,12 +137,17 @@ class Truth:
             instruction=(self.pool.instruction,) * len(frames),
         )
 
-    def frame_success(self, name: str, policy: Policy, *, progress: str | None) -> Tensor:
-        """Success of every frame, "r t" bool. An episode that ended keeps what its last frame was."""
-        s = self.settings
+    def frame_success(
+        self, identity: Sequence[Any], policy: Policy, *, episodes: int | None = None, progress: str | None
+    ) -> Tensor:
+        """Success of every frame, "r t" bool. An episode that ended keeps what its last frame was.
+
+        `identity` says what rollouts must come from to be used again.
+        """
+        s, seeds = self.settings, self.settings.seeds[: episodes or self.settings.episodes]
 
         def roll() -> dict[str, Tensor]:
-            found = rollout_policy(self.pool, policy, seeds=s.seeds[: s.episodes], progress=progress)
+            found = rollout_policy(self.pool, policy, seeds=seeds, progress=progress)
             labels = [r.frame_success for r in found if r.frame_success is not None]
             if len(labels) < len(found):
                 raise WorldlineError(
@@ -153,7 +158,7 @@ class Truth:
                 "frame_success": torch.stack([_held(label, s.horizon // s.spec.control_steps + 1) for label in labels])
             }
 
-        key = ["truth", s.world, s.options, identity_of(name, policy), s.seeds[: s.episodes]]
+        key = ["truth", s.world, s.options, list(identity), seeds]
         return self.kept(key, roll)["frame_success"][:, : s.frames]
 
     def videos(self, policy: Policy, count: int) -> list[dict[str, Tensor]]:

@@ -223,6 +223,24 @@ def policy_table(ranked: Ranked) -> list[dict[str, Any]]:
     return rows
 
 
+def tokenizer_table(ranked: Ranked, frame_success: Bool[Tensor, "policies r t"], *, persist: int) -> dict[str, Any]:
+    """True success of policies that saw reconstructed frames, beside true frames and the dream, over the same r starts."""
+    assert ranked.truth is not None
+    rows, r = [], frame_success.shape[1]
+    for i, name in enumerate(ranked.names):
+        hits = int(episode_success(frame_success[i], persist=persist).sum())
+        rows.append(
+            {
+                "policy": name,
+                "real": float(ranked.truth[i, :r].float().mean()),
+                "through": hits / r,
+                "through_interval": to_json(wilson(hits, r)),
+                "imagined": float(ranked.imagined[i, :r].float().mean()),
+            }
+        )
+    return {"episodes": r, "policies": rows}
+
+
 def imagine_policy(
     dream: Dream,
     policy: Policy,

@@ -5,7 +5,7 @@ from typing import Any
 from worldline.errors import PolicyError
 from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
-from worldline.policies.wrappers import CallablePolicy, Corrupted
+from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer
 from worldline.types import Policy, WorldSpec
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "EncoderConfig",
     "ObservationEncoder",
     "PolicyConfig",
+    "ThroughTokenizer",
     "load_policy",
 ]
 

@@ -1,8 +1,8 @@
-"""Policies made of other things: a corrupted policy (noise, delay) and any Python callable."""
+"""Policies made of other things: a corrupted policy (noise, delay), one that sees through a tokenizer, any Python callable."""
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldline.diffusion import row_noise
 from worldline.errors import PolicyError
-from worldline.types import Observation, Policy, TensorState, WorldSpec
+from worldline.types import Observation, Policy, TensorState, VideoTokenizer, WorldSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,28 @@ class Corrupted:
         queue = torch.cat([state.pending, noisy.clamp(self.low, self.high)], dim=1)
         m = chunk.shape[1]
         return queue[:, :m], CorruptedState(inner=inner, pending=queue[:, m:])
+
+
+class ThroughTokenizer:
+    """A policy that sees every picture encoded and decoded again: as sharp as a perfect dream could show it.
+
+    In the simulator it tells the tokenizer's share of what goes wrong in a dream from the dynamics' share.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: VideoTokenizer) -> None:
+        self.policy, self.tokenizer, self.spec = policy, tokenizer, policy.spec
+
+    def reset(self, n: int) -> Any:
+        return self.policy.reset(n)
+
+    def act(
+        self, observation: Observation, state: Any, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], Any]:
+        frames = {camera: observation.images[camera][:, None] for camera in self.tokenizer.latent_spec.shapes}
+        seen = {
+            camera: video[:, 0].cpu() for camera, video in self.tokenizer.decode(self.tokenizer.encode(frames)).items()
+        }
+        return self.policy.act(replace(observation, images={**observation.images, **seen}), state, seeds=seeds)
 
 
 class CallablePolicy:

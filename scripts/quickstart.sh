@@ -39,38 +39,50 @@ train() { # train FOLDER STAGE ARGS...: run a stage once; an interrupted stage i
 }
 
 mkdir -p "$runs"
-step "1/7 record $episodes episodes of metaworld/$task"
-[ -f "$data/meta/info.json" ] || worldline record "metaworld/$task" --episodes "$episodes" --policy mixed --seed "$seed" --out "$data"
+shipped=$here/checkpoints/$task steps=7
+[ -d "$shipped" ] && steps=8
+step "1/$steps record $episodes episodes of metaworld/$task"
+# other starts than those the shipped world model was trained on (recorded with seeds below 100)
+[ -f "$data/meta/info.json" ] || worldline record "metaworld/$task" --episodes "$episodes" --policy mixed --seed $((seed + 100)) --out "$data"
 worldline inspect "$data" --out "$out/inspect"
-step "2/7 train the tokenizer"
+step "2/$steps train the tokenizer"
 train "$runs/tok" tokenizer --preset tiny --max-steps "$tok"
-step "3/7 train the world model"
+step "3/$steps train the world model"
 train "$runs/wm" world-model --tokenizer "$runs/tok" --preset tiny --max-steps "$wm"
 free_flag=()
 if [ "$free" -gt 0 ]; then
   train "$runs/wm-action-free" world-model --tokenizer "$runs/tok" --preset tiny --max-steps "$free" --model.network.actions False
   free_flag=(--action-free "$runs/wm-action-free")
 fi
-step "4/7 train the success scorer and two probes"
+step "4/$steps train the success scorer and two probes"
 train "$runs/success" scorer --tokenizer "$runs/tok" --max-steps "$scorer"
 train "$runs/probe" probe --target object --tokenizer "$runs/tok" --max-steps "$probe"
 train "$runs/inverse" probe --target action --tokenizer "$runs/tok" --max-steps "$probe"
-step "5/7 train policies from poor to good"
+step "5/$steps train policies from poor to good"
 train "$runs/bc" policy --kind bc --episodes "$demos" --max-steps "$policy"
 train "$runs/diffusion" policy --kind diffusion --episodes "$demos" --max-steps "$policy"
 train "$runs/bc-few-demos" policy --kind bc --episodes "$few" --max-steps "$policy"
 train "$runs/bc-hardly-trained" policy --kind bc --episodes "$few" --max-steps "$weak"
-step "6/7 watch and measure the world model on held-out episodes"
+step "6/$steps watch and measure the world model on held-out episodes"
 worldline imagine --world-model "$runs/wm" --data "$data" --episode 3 --out "$out/imagined.mp4"
 worldline eval --world-model "$runs/wm" --data "$data" --split held-out --probe "$runs/probe" --inverse-model "$runs/inverse" \
   --scorer "$runs/success" "${free_flag[@]}" --out "$out/world-model"
-step "7/7 rank the policies in imagination, and in the simulator"
-worldline rank --world-model "$runs/wm" --scorer "$runs/success" --data "$data" --truth "metaworld/$task" \
-  --policies "$runs/bc" "$runs/diffusion" "$runs/bc-few-demos" "$runs/bc-hardly-trained" "$runs/bc@noise=1.5,lag=8" \
-  --episodes "$true" --imagined-episodes "$imagined" --correct-with $((true / 2)) --out "$out/ranking"
+step "7/$steps rank the policies in imagination, and in the simulator"
+rank() { # rank WORLD-MODEL SCORER OUT
+  worldline rank --world-model "$1" --scorer "$2" --data "$data" --truth "metaworld/$task" \
+    --policies "$runs/bc" "$runs/diffusion" "$runs/bc-few-demos" "$runs/bc-hardly-trained" "$runs/bc@noise=1.5,lag=8" \
+    --episodes "$true" --imagined-episodes "$imagined" --correct-with $((true / 2)) --out "$3"
+}
+rank "$runs/wm" "$runs/success" "$out/ranking"
+if [ -d "$shipped" ]; then
+  step "8/$steps rank them with the shipped world model, which was trained longer"
+  mkdir -p "$out/ranking-shipped" && cp -R "$out/ranking/rollouts" "$out/ranking-shipped/"  # the truth is the same
+  rank "$shipped/world-model" "$shipped/scorer" "$out/ranking-shipped"
+fi
 
 echo
 echo "Look at:"
 echo "  $out/world-model/report.html   real beside imagined, and what the world model gets wrong"
 echo "  $out/ranking/report.html       the ranking beside the truth, with its intervals ($true true and $imagined imagined episodes a policy: wide)"
+[ ! -d "$shipped" ] || echo "  $out/ranking-shipped/report.html  the same policies, ranked by the shipped world model"
 echo "  $out/inspect/report.html       the recorded data"

@@ -230,3 +230,12 @@ def test_batches_of_moments_are_whole_and_balanced(dots):
     unlabelled = lambda episode: (torch.zeros(0, dtype=torch.long), torch.zeros(0))  # noqa: E731
     with pytest.raises(DatasetError, match=r"no moment to learn from in \d+ episodes"):
         SampleDraw(open_datasets((dots,), "train"), unlabelled)
+
+
+def test_clips_longer_than_any_episode_are_refused_before_encoding(dots, patches, tmp_path, monkeypatch):
+    monkeypatch.setattr(LatentCache, "build", lambda *args, **options: pytest.fail("encoding began"))
+    config = world_model.TrainWorldModel(data=(dots,), tokenizer=patches, out=tmp_path / "wm", frames=40, stride=2)
+    with pytest.raises(
+        DatasetError, match=r"at least 79 frames required for clips of 40 at stride 2, the longest of \d+ has"
+    ):
+        world_model.run(config, progress=False)

@@ -79,6 +79,7 @@ class LatentBatches:
         self.selections, self.frames = selections, frames
         self.caches = []
         for s in selections:
+            _require_length(s, frames, stride)
             root = cache_root() / "latents" / f"{s.dataset.fingerprint}-{tokenizer.fingerprint}-s{stride}"
             tokenizer.to(device)
             # what `build` returns knows all these episodes, even while another process still rewrites the folder's index
@@ -97,6 +98,16 @@ class LatentBatches:
             if count
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
+
+
+def _require_length(selection: Selection, frames: int, stride: int) -> None:
+    """Before an hour of encoding, not after it."""
+    longest = max((selection.dataset.length(i) for i in selection.episodes), default=0)
+    if longest < (frames - 1) * stride + 1:
+        raise DatasetError(
+            f"{selection.dataset.root}: episodes of at least {(frames - 1) * stride + 1} frames required for clips of {frames} "
+            f"at stride {stride}, the longest of {len(selection.episodes)} has {longest}. Use fewer --frames or a smaller --stride."
+        )
 
 
 def _join(parts: Sequence[Clip]) -> Clip:

@@ -10,7 +10,7 @@ command again after an interruption. Prints Markdown, and writes it to OUT/table
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ from worldline.trainers.loop import LoopConfig
 
 # name -> (kind, demonstrations, steps, seed): six trainings from good to poor; corrupted ones share a training.
 # Ten demonstrations and 400 steps already open the drawer nearly always, so the poor ones see few and train little.
-POLICIES = {
+POLICIES: dict[str, tuple[Literal["bc", "diffusion"], int, int, int]] = {
     "bc50": ("bc", 50, 600, 0),
     "dp50": ("diffusion", 50, 800, 2),
     "bc10": ("bc", 10, 400, 1),
@@ -51,6 +51,11 @@ class MakeResults:
     imagined_episodes: int = 100
     action_free: bool = True
     """Train the action-free baseline (as long as the world model)."""
+    ranked_rollouts: int = 0
+    """Make the second table: a world model that was also trained on so many true rollouts of every ranked policy, which
+    shows how much a ranking flatters a model that has seen its policies."""
+    shared_tokenizer: Path | None = None
+    """Use this tokenizer for every task and train none."""
 
 
 def steps(config: MakeResults, base: int) -> int:
@@ -78,13 +83,16 @@ def prepare(config: MakeResults, task: str) -> Path:
             run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed))
     tiny = tokenizer.PRESETS["tiny"][1]["loop"]
     data = (home / "data",)
-    train(tokenizer, tokenizer.TrainTokenizer(data=data, out=home / "tok", loop=loop(tiny, steps=steps(config, 700))))
+    if config.shared_tokenizer is None:
+        train(
+            tokenizer, tokenizer.TrainTokenizer(data=data, out=home / "tok", loop=loop(tiny, steps=steps(config, 700)))
+        )
     short = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99)
     for target in ("object", "action"):
         train(
             probe,
             probe.TrainProbe(
-                data=data, out=home / f"probe-{target}", target=target, tokenizer=home / "tok", loop=short
+                data=data, out=home / f"probe-{target}", target=target, tokenizer=tokenizer_of(config, home), loop=short
             ),
         )
     for name, (kind, count, length, seed) in POLICIES.items():
@@ -93,23 +101,56 @@ def prepare(config: MakeResults, task: str) -> Path:
     return home
 
 
+def tokenizer_of(config: MakeResults, home: Path) -> Path:
+    return config.shared_tokenizer or home / "tok"
+
+
+def train_world_model(
+    config: MakeResults, home: Path, name: str, seed: int, data: tuple[Path, ...], **network: Any
+) -> Path:
+    tiny = world_model.PRESETS["tiny"][1]
+    length = loop(tiny["loop"], steps=steps(config, 3000), seed=seed)
+    model = replace(tiny["model"], network=replace(tiny["model"].network, **network))
+    return train(
+        world_model,
+        world_model.TrainWorldModel(
+            data=data, tokenizer=tokenizer_of(config, home), out=home / name, model=model, loop=length
+        ),
+    )
+
+
+def rank(config: MakeResults, home: Path, task: str, seed: int, model: Path, out: Path) -> dict[str, Any]:
+    run_rank(
+        Rank(
+            world_model=model,
+            scorer=home / f"scorer{seed}",
+            policies=tuple(str(home / name) for name in (*POLICIES, *CORRUPTED)),
+            truth=f"metaworld/{task}",
+            data=home / "test",
+            replays="all",
+            episodes=config.episodes,
+            imagined_episodes=config.imagined_episodes,
+            out=out,
+            seed=seed,
+        )
+    )
+    return json.loads((out / "report.json").read_text())["results"]
+
+
 def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train one world model and scorer, evaluate, rank. Returns both reports' results."""
-    data, tok = (home / "data",), home / "tok"
-    tiny = world_model.PRESETS["tiny"][1]
-    length = loop(tiny["loop"], steps=steps(config, 1200), seed=seed)
-    base = world_model.TrainWorldModel(
-        data=data, tokenizer=tok, out=home / f"wm{seed}", model=tiny["model"], loop=length
-    )
-    train(world_model, base)
+    data = (home / "data",)
+    model = train_world_model(config, home, f"wm{seed}", seed, data)
     free = None
     if config.action_free and seed == 0:
-        blind = replace(base.model, network=replace(base.model.network, actions=False))
-        free = train(world_model, replace(base, out=home / "wm-action-free", model=blind))
+        free = train_world_model(config, home, "wm-action-free", seed, data, actions=False)
     judge = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
-    train(scorer, scorer.TrainScorer(data=data, out=home / f"scorer{seed}", tokenizer=tok, loop=judge))
+    train(
+        scorer,
+        scorer.TrainScorer(data=data, out=home / f"scorer{seed}", tokenizer=tokenizer_of(config, home), loop=judge),
+    )
     evaluation = Evaluate(
-        world_model=home / f"wm{seed}",
+        world_model=model,
         data=home / "test",
         split="all",
         out=home / f"eval{seed}",
@@ -119,21 +160,27 @@ def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dic
         action_free=free,
     )
     run_eval(evaluation)
-    ranking = Rank(
-        world_model=home / f"wm{seed}",
-        scorer=home / f"scorer{seed}",
-        policies=tuple(str(home / name) for name in (*POLICIES, *CORRUPTED)),
-        truth=f"metaworld/{task}",
-        data=home / "test",
-        replays="all",
-        episodes=config.episodes,
-        imagined_episodes=config.imagined_episodes,
-        out=home / f"rank{seed}",
-        seed=seed,
-    )
-    run_rank(ranking)
-    read = [json.loads((home / f"{name}{seed}" / "report.json").read_text())["results"] for name in ("eval", "rank")]
-    return read[0], read[1]
+    evaluated = json.loads((home / f"eval{seed}" / "report.json").read_text())["results"]
+    return evaluated, rank(config, home, task, seed, model, home / f"rank{seed}")
+
+
+def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
+    """The ranking by a world model that has seen rollouts of the policies it ranks."""
+    data = [home / "data"]
+    for name in (*POLICIES, *CORRUPTED):
+        data.append(home / "ranked" / name.replace("@", "-").replace(",", "-"))
+        if not (data[-1] / "meta" / "info.json").is_file():
+            run_record(
+                Record(
+                    world=f"metaworld/{task}",
+                    out=data[-1],
+                    episodes=config.ranked_rollouts,
+                    policy=str(home / name),
+                    seed=2,
+                )
+            )
+    model = train_world_model(config, home, f"wm-ranked-seen{seed}", seed, tuple(data))
+    return rank(config, home, task, seed, model, home / f"rank-ranked-seen{seed}")
 
 
 def ranking_row(task: str, seed: int, found: dict[str, Any]) -> str:
@@ -170,10 +217,11 @@ def main(config: MakeResults) -> None:
         "| task | seed | baseline | camera | frame | gain on moved pixels, dB [95%] | episodes |",
         "|---|---|---|---|---|---|---|",
     ]
-    ranks = [
+    heads = [
         "| task | seed | policies | r | policy 95% | rollout 95% | r, one a lineage | ρ | MMRV | perfect model's MMRV | bias | regret | r corrected |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    ranks, seen = list(heads), list(heads)
     for task in config.tasks:
         home = prepare(config, task)
         for seed in range(config.seeds):
@@ -184,7 +232,12 @@ def main(config: MakeResults) -> None:
                 for r in evaluated["against"]
             ]
             ranks.append(ranking_row(task, seed, ranked))
+            if config.ranked_rollouts:
+                seen.append(ranking_row(task, seed, run_seed_with_ranked(config, home, task, seed)))
     text = "\n".join(["World models", "", *lines, "", "Rankings", "", *ranks, ""])
+    if config.ranked_rollouts:
+        title = f"Rankings by world models that also saw {config.ranked_rollouts} rollouts of every ranked policy"
+        text += "\n".join(["", title, "", *seen, ""])
     (config.out / "tables.md").write_text(text)
     print(text)
 

@@ -8,6 +8,7 @@ command again after an interruption. Prints Markdown, and writes it to OUT/table
 """
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,8 @@ class MakeResults:
     """Episodes recorded for evaluation and the replay diagnostic alone, from other starts."""
     episodes: int = 50
     imagined_episodes: int = 100
+    evaluate: bool = True
+    """The world-model table too, which needs two probes a task; without it rankings alone."""
     action_free: bool = True
     """Train the action-free baseline (as long as the world model)."""
     ranked_rollouts: int = 0
@@ -88,7 +91,7 @@ def prepare(config: MakeResults, task: str) -> Path:
             tokenizer, tokenizer.TrainTokenizer(data=data, out=home / "tok", loop=loop(tiny, steps=steps(config, 700)))
         )
     short = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99)
-    for target in ("object", "action"):
+    for target in ("object", "action") if config.evaluate else ():
         train(
             probe,
             probe.TrainProbe(
@@ -120,6 +123,10 @@ def train_world_model(
 
 
 def rank(config: MakeResults, home: Path, task: str, seed: int, model: Path, out: Path) -> dict[str, Any]:
+    """Rank the policies in one world model. Starts and true rollouts are the first seed's: only the model differs."""
+    first = home / "rank0" / "rollouts"
+    if first.is_dir() and not (out / "rollouts").is_dir():
+        shutil.copytree(first, out / "rollouts")
     run_rank(
         Rank(
             world_model=model,
@@ -131,24 +138,29 @@ def rank(config: MakeResults, home: Path, task: str, seed: int, model: Path, out
             episodes=config.episodes,
             imagined_episodes=config.imagined_episodes,
             out=out,
-            seed=seed,
         )
     )
     return json.loads((out / "report.json").read_text())["results"]
 
 
-def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Train one world model and scorer, evaluate, rank. Returns both reports' results."""
     data = (home / "data",)
     model = train_world_model(config, home, f"wm{seed}", seed, data)
-    free = None
-    if config.action_free and seed == 0:
-        free = train_world_model(config, home, "wm-action-free", seed, data, actions=False)
     judge = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
     train(
         scorer,
         scorer.TrainScorer(data=data, out=home / f"scorer{seed}", tokenizer=tokenizer_of(config, home), loop=judge),
     )
+    evaluated = evaluate(config, home, seed, model) if config.evaluate else None
+    return evaluated, rank(config, home, task, seed, model, home / f"rank{seed}")
+
+
+def evaluate(config: MakeResults, home: Path, seed: int, model: Path) -> dict[str, Any]:
+    """Against the trivial predictors on the test episodes; the action-free one, trained as long, for the first seed."""
+    free = None
+    if config.action_free and seed == 0:
+        free = train_world_model(config, home, "wm-action-free", seed, (home / "data",), actions=False)
     evaluation = Evaluate(
         world_model=model,
         data=home / "test",
@@ -160,8 +172,7 @@ def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dic
         action_free=free,
     )
     run_eval(evaluation)
-    evaluated = json.loads((home / f"eval{seed}" / "report.json").read_text())["results"]
-    return evaluated, rank(config, home, task, seed, model, home / f"rank{seed}")
+    return json.loads((home / f"eval{seed}" / "report.json").read_text())["results"]
 
 
 def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
@@ -229,7 +240,7 @@ def main(config: MakeResults) -> None:
             lines += [
                 f"| {task} | {seed} | {r['baseline']} | {r['camera']} | {r['horizon']} | "
                 f"{r['gain_db']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}] | {r['episodes']} |"
-                for r in evaluated["against"]
+                for r in (evaluated["against"] if evaluated else ())
             ]
             ranks.append(ranking_row(task, seed, ranked))
             if config.ranked_rollouts:

@@ -9,7 +9,8 @@ lambda = cov(real, imagined) / ((1 + n / N) var(imagined)), clipped to [0, 1], t
 0 leaves the real mean. Because success rates sit near 0 or 1 at small n, the interval is Wilson's at the *effective*
 number of real episodes, n * var(real mean) / var(estimate); at lambda = 0 it is exactly the real-only Wilson interval.
 Two departures keep its coverage at ten real rollouts: half a disagreement either way is added before variances are taken
-(`_moments`), and lambda costs a degree of freedom.
+(`_moments`), and lambda costs a degree of freedom. Where the result would be worth fewer episodes than the real ones
+alone, lambda is 0.
 
 `leave_one_policy_out` needs no rollout of the policy in question: it learns real from imagined rates on the others.
 """
@@ -83,6 +84,7 @@ def prediction_powered_rate(
         raise WorldlineError(f"power: a number in [0, 1] required, got {power}.")
     spread = float(np.concatenate([f, more]).var(ddof=1))
     moments, note = _moments(y, f), ""
+    tuned = power is None
     if power is None:
         power = float(np.clip(moments[0, 1] / ((1 + n / N) * spread), 0, 1)) if spread > 0 else 0.0
     if y.var() == 0:
@@ -90,8 +92,11 @@ def prediction_powered_rate(
             "all real outcomes agree: nothing to learn a correction from, so the real rollouts stand alone",
             0.0,
         )
-    estimate = float(np.clip(power * more.mean() + (y - power * f).mean(), 0, 1))
     effective = _effective(y, moments, power, spread / N)
+    if tuned and effective < n:
+        note = f"corrected they would be worth {effective:.1f} real rollouts, so the real rollouts stand alone"
+        effective, power = float(n), 0.0
+    estimate = float(np.clip(power * more.mean() + (y - power * f).mean(), 0, 1))
     return PredictionPowered(
         estimate=estimate,
         interval=_interval(estimate, effective, level),

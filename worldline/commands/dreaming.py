@@ -339,7 +339,7 @@ def add_diagnostic(report: Report, diagnostic: ReplayDiagnostic) -> None:
             "AUROC",
         ],
         rows,
-        note=f"Threshold {diagnostic.threshold:.2f}, from {diagnostic.threshold_from}.",
+        note=f"Threshold {diagnostic.threshold:.2g}, from {diagnostic.threshold_from}.",
     )
     report.table(
         "By cause",

@@ -59,19 +59,33 @@ def ranking_scatter(
             markersize=7,
             elinewidth=1.5,
         )
-        left = x > 0.8
-        near = sum(abs(x - statistics.real[j]) < 0.12 and abs(y - statistics.imagined[j]) < 0.05 for j in range(i))
+    for crowd in _crowds(statistics.real, statistics.imagined):
+        x, y = statistics.real[crowd[0]], statistics.imagined[crowd[0]]
+        left, high = x > 0.75, y > 0.5
         axes.annotate(
-            name,
+            "\n".join(statistics.policies[i] for i in crowd),
             (x, y),
-            (-8 if left else 8, 6 - 14 * near),  # names of crowded points go below each other
+            (-8 if left else 8, -6 if high else 6),
             textcoords="offset points",
             ha="right" if left else "left",
+            va="top" if high else "bottom",
             fontsize=9,
         )
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     axes.set_title(_headline(statistics), fontsize=10, loc="left", color="#334155")
     return figure
+
+
+def _crowds(x: Sequence[float], y: Sequence[float]) -> list[list[int]]:
+    """Points too close for a name each, by the first of them: their names are written below one another."""
+    crowds: list[list[int]] = []
+    for i in range(len(x)):
+        near = (c for c in crowds if abs(x[c[0]] - x[i]) < 0.1 and abs(y[c[0]] - y[i]) < 0.07)
+        if (crowd := next(near, None)) is None:
+            crowds.append([i])
+        else:
+            crowd.append(i)
+    return crowds
 
 
 def _headline(statistics: RankStatistics) -> str:

@@ -46,7 +46,7 @@ def ranking_scatter(
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", zorder=1)
     groups = statistics.lineages or statistics.policies
     palette = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(groups))}
-    for i, name in enumerate(statistics.policies):
+    for i in range(len(statistics.policies)):
         x, y, colour = statistics.real[i], statistics.imagined[i], palette[groups[i]]
         axes.errorbar(
             x,

@@ -9,8 +9,8 @@ lambda = cov(real, imagined) / ((1 + n / N) var(imagined)), clipped to [0, 1], t
 0 leaves the real mean. Because success rates sit near 0 or 1 at small n, the interval is Wilson's at the *effective*
 number of real episodes, n * var(real mean) / var(estimate); at lambda = 0 it is exactly the real-only Wilson interval.
 Two departures keep its coverage at ten real rollouts: half a disagreement either way is added before variances are taken
-(`_moments`), and lambda costs a degree of freedom. Where the result would be worth fewer episodes than the real ones
-alone, lambda is 0.
+(`_moments`), and lambda costs a degree of freedom: corrected, rollouts that imagination tells little about may be worth a
+little less than alone.
 
 `leave_one_policy_out` needs no rollout of the policy in question: it learns real from imagined rates on the others.
 """
@@ -84,7 +84,6 @@ def prediction_powered_rate(
         raise WorldlineError(f"power: a number in [0, 1] required, got {power}.")
     spread = float(np.concatenate([f, more]).var(ddof=1))
     moments, note = _moments(y, f), ""
-    tuned = power is None
     if power is None:
         power = float(np.clip(moments[0, 1] / ((1 + n / N) * spread), 0, 1)) if spread > 0 else 0.0
     if y.var() == 0:
@@ -92,11 +91,8 @@ def prediction_powered_rate(
             "all real outcomes agree: nothing to learn a correction from, so the real rollouts stand alone",
             0.0,
         )
-    effective = _effective(y, moments, power, spread / N)
-    if tuned and effective < n:
-        note = f"corrected they would be worth {effective:.1f} real rollouts, so the real rollouts stand alone"
-        effective, power = float(n), 0.0
     estimate = float(np.clip(power * more.mean() + (y - power * f).mean(), 0, 1))
+    effective = _effective(n, moments, power, spread / N)
     return PredictionPowered(
         estimate=estimate,
         interval=_interval(estimate, effective, level),
@@ -127,15 +123,14 @@ def _moments(y: Float[np.ndarray, " n"], f: Float[np.ndarray, " n"]) -> Float[np
     return np.cov(np.concatenate([y, [1.0, 0.0]]), np.concatenate([f, [0.0, 1.0]]), aweights=weights)
 
 
-def _effective(y: Float[np.ndarray, " n"], moments: Float[np.ndarray, "2 2"], power: float, imagined: float) -> float:
+def _effective(n: int, moments: Float[np.ndarray, "2 2"], power: float, imagined: float) -> float:
     """Real episodes that would give the real mean the variance of the corrected one; `imagined` = var / N."""
-    n = len(y)
     if power == 0:
         return float(n)
     residual = moments[0, 0] - 2 * power * moments[0, 1] + power**2 * moments[1, 1]
     # One degree of freedom more is spent on lambda than on a plain mean.
     variance = residual * (n - 1) / (n - 2) / n + power**2 * imagined
-    return float(y.var(ddof=1) / variance)
+    return float(moments[0, 0] / variance)
 
 
 def _interval(estimate: float, effective: float, level: float) -> Interval:

@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
 done
 case "$budget" in
   smallest) episodes=24 demos=5  few=3  tok=40  wm=60   free=0   scorer=40  probe=40  policy=40  weak=20  true=6  imagined=12 ;;
-  default)  episodes=160 demos=40 few=8 tok=350 wm=900  free=0   scorer=250 probe=200 policy=350 weak=60  true=16 imagined=32 ;;
+  default)  episodes=120 demos=28 few=6 tok=250 wm=400  free=0   scorer=120 probe=80  policy=300 weak=60  true=12 imagined=24 ;;
   hours)    episodes=240 demos=50 few=10 tok=1500 wm=6000 free=6000 scorer=800 probe=800 policy=1500 weak=150 true=50 imagined=100 ;;
   *) echo "quickstart: --budget smallest, default or hours required, got $budget" >&2; exit 2 ;;
 esac

@@ -1,4 +1,4 @@
-"""The shipped world model is small and works: in it, the expert's actions open the drawer and no others do."""
+"""The shipped world model is small and works: in it the expert's actions open the drawer, none or the reverse do not."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from worldline.worldmodels import load_world_model
 
 TASK = "drawer-open-v3"
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / TASK
-FRAMES = 30  # the expert needs about 25
+FRAMES = 30
 
 
 def test_only_what_is_needed_is_shipped() -> None:
@@ -28,18 +28,20 @@ def expert_episodes() -> tuple[list[list[SimFrame]], torch.Tensor]:
     world = make_world(f"metaworld/{TASK}")
     episodes, actions = [], []
     for seed in range(10_000, 10_003):
-        frames, blocks, controller = [world.reset(seed)], [], expert(TASK)
+        frames, blocks, controller, opened = [world.reset(seed)], [], expert(TASK), False
         for _ in range(FRAMES):
             step = world.drive(controller)
             frames.append(step.frame)
             blocks.append(step.consumed)
+            opened |= bool(step.success)
+        assert opened, "the expert opens the drawer in these frames"
         episodes.append(frames)
         actions.append(torch.stack(blocks))
     world.close()
     return episodes, torch.stack(actions)
 
 
-def test_the_experts_actions_open_the_drawer_and_others_do_not(expert_episodes) -> None:
+def test_the_experts_actions_open_the_drawer_and_none_or_the_reverse_do_not(expert_episodes) -> None:
     model, tokenizer = load_world_model(SHIPPED / "world-model")
     scorer = SuccessScorer.from_pretrained(SHIPPED / "scorer")
     episodes, actions = expert_episodes

@@ -179,6 +179,8 @@ def test_scripts_and_links_exist(page: Path) -> None:
     paths |= {ROOT / name for name in re.findall(r"`((?:worldline|tests|scripts|docs)/[\w./-]*\w\.\w+)`", text)}
     missing = sorted(str(path) for path in paths if not path.exists())
     assert not missing, missing
+    locked = sorted(w for w in scripts if w.startswith("./") and not os.access(ROOT / w, os.X_OK))
+    assert not locked, f"started as ./..., but not executable: {locked}"
 
 
 def test_the_tree_names_what_there_is() -> None:

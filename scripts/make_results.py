@@ -18,6 +18,7 @@ import tyro
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.ranking import Rank, run_rank
 from worldline.commands.recording import Record, run_record
+from worldline.eval.world_model import HORIZONS
 from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 
@@ -31,6 +32,7 @@ POLICIES: dict[str, tuple[Literal["bc", "diffusion"], int, int, int]] = {
     "bc3": ("bc", 3, 60, 3),
     "dp5": ("diffusion", 5, 150, 5),
 }
+CONTACT_STEPS = 2000  # of the second stage
 CORRUPTED = ("bc50@noise=0.8", "dp50@noise=1.5,lag=8")
 
 
@@ -50,6 +52,9 @@ class MakeResults:
     """Episodes recorded for evaluation and the replay diagnostic alone, from other starts."""
     episodes: int = 50
     imagined_episodes: int = 100
+    contact: int = 0
+    """Also the second stage, each seed's world model trained on with so many episodes of the blend `contact` beside the
+    first data, and ranked again with a scorer of both."""
     evaluate: bool = True
     """The world-model table too, which needs two probes a task; without it rankings alone."""
     action_free: bool = True
@@ -81,9 +86,14 @@ def train(module: Any, config: Any) -> Path:
 def prepare(config: MakeResults, task: str) -> Path:
     """Datasets, tokenizer, probes and policies of one task; returns its folder."""
     home = config.out / task
-    for name, count, seed in (("data", config.demos, 0), ("test", config.tests, 1)):
-        if not (home / name / "meta" / "info.json").is_file():
-            run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed))
+    recordings = (
+        ("data", config.demos, 0, "mixed"),
+        ("test", config.tests, 1, "mixed"),
+        ("contact", config.contact, 3, "contact"),
+    )
+    for name, count, seed, blend in recordings:
+        if count and not (home / name / "meta" / "info.json").is_file():
+            run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed, policy=blend))
     tiny = tokenizer.PRESETS["tiny"][1]["loop"]
     data = (home / "data",)
     if config.shared_tokenizer is None:
@@ -108,29 +118,65 @@ def tokenizer_of(config: MakeResults, home: Path) -> Path:
     return config.shared_tokenizer or home / "tok"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """Where one world model, its scorer and its ranking lie."""
+
+    model: Path
+    scorer: Path
+    ranking: Path
+
+
 def train_world_model(
-    config: MakeResults, home: Path, name: str, seed: int, data: tuple[Path, ...], **network: Any
+    config: MakeResults,
+    out: Path,
+    seed: int,
+    data: tuple[Path, ...],
+    *,
+    init_from: Path | None = None,
+    base: int = 3000,
+    **network: Any,
 ) -> Path:
     tiny = world_model.PRESETS["tiny"][1]
-    length = loop(tiny["loop"], steps=steps(config, 3000), seed=seed)
-    model = replace(tiny["model"], network=replace(tiny["model"].network, **network))
-    return train(
-        world_model,
-        world_model.TrainWorldModel(
-            data=data, tokenizer=tokenizer_of(config, home), out=home / name, model=model, loop=length
-        ),
+    made = world_model.TrainWorldModel(
+        data=data,
+        tokenizer=tokenizer_of(config, out.parent),
+        out=out,
+        init_from=init_from,
+        model=replace(tiny["model"], network=replace(tiny["model"].network, **network)),
+        loop=loop(tiny["loop"], steps=steps(config, base), seed=seed),
     )
+    return train(world_model, made)
 
 
-def rank(config: MakeResults, home: Path, task: str, seed: int, model: Path, out: Path) -> dict[str, Any]:
+def train_judge(
+    config: MakeResults, home: Path, seed: int, data: tuple[Path, ...], suffix: str = "", **model: Any
+) -> Judge:
+    """A world model and a scorer from the same data."""
+    judge = Judge(
+        model=home / f"wm{suffix}{seed}",
+        scorer=home / f"scorer{suffix}{seed}",
+        ranking=home / f"rank{suffix}{seed}",
+    )
+    train_world_model(config, judge.model, seed, data, **model)
+    settings = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+    train(
+        scorer,
+        scorer.TrainScorer(data=data, out=judge.scorer, tokenizer=tokenizer_of(config, home), loop=settings),
+    )
+    return judge
+
+
+def rank(config: MakeResults, home: Path, task: str, judge: Judge) -> dict[str, Any]:
     """Rank the policies in one world model. Starts and true rollouts are the first seed's: only the model differs."""
+    out = judge.ranking
     first = home / "rank0" / "rollouts"
     if first.is_dir() and not (out / "rollouts").is_dir():
         shutil.copytree(first, out / "rollouts")
     run_rank(
         Rank(
-            world_model=model,
-            scorer=home / f"scorer{seed}",
+            world_model=judge.model,
+            scorer=judge.scorer,
             policies=tuple(str(home / name) for name in (*POLICIES, *CORRUPTED)),
             truth=f"metaworld/{task}",
             data=home / "test",
@@ -145,30 +191,31 @@ def rank(config: MakeResults, home: Path, task: str, seed: int, model: Path, out
 
 def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Train one world model and scorer, evaluate, rank. Returns both reports' results."""
-    data = (home / "data",)
-    model = train_world_model(config, home, f"wm{seed}", seed, data)
-    judge = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
-    train(
-        scorer,
-        scorer.TrainScorer(data=data, out=home / f"scorer{seed}", tokenizer=tokenizer_of(config, home), loop=judge),
-    )
-    evaluated = evaluate(config, home, seed, model) if config.evaluate else None
-    return evaluated, rank(config, home, task, seed, model, home / f"rank{seed}")
+    judge = train_judge(config, home, seed, (home / "data",))
+    evaluated = evaluate(config, home, seed, judge) if config.evaluate else None
+    return evaluated, rank(config, home, task, judge)
 
 
-def evaluate(config: MakeResults, home: Path, seed: int, model: Path) -> dict[str, Any]:
+def run_seed_on_contact(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
+    """The second stage: the seed's world model trained on with episodes that lie between success and failure."""
+    data = (home / "data", home / "contact")
+    judge = train_judge(config, home, seed, data, "-contact", init_from=home / f"wm{seed}", base=CONTACT_STEPS)
+    return rank(config, home, task, judge)
+
+
+def evaluate(config: MakeResults, home: Path, seed: int, judge: Judge) -> dict[str, Any]:
     """Against the trivial predictors on the test episodes; the action-free one, trained as long, for the first seed."""
     free = None
     if config.action_free and seed == 0:
-        free = train_world_model(config, home, "wm-action-free", seed, (home / "data",), actions=False)
+        free = train_world_model(config, home / "wm-action-free", seed, (home / "data",), actions=False)
     evaluation = Evaluate(
-        world_model=model,
+        world_model=judge.model,
         data=home / "test",
         split="all",
         out=home / f"eval{seed}",
         probe=home / "probe-object",
         inverse_model=home / "probe-action",
-        scorer=home / f"scorer{seed}",
+        scorer=judge.scorer,
         action_free=free,
     )
     run_eval(evaluation)
@@ -190,8 +237,12 @@ def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) 
                     seed=2,
                 )
             )
-    model = train_world_model(config, home, f"wm-ranked-seen{seed}", seed, tuple(data))
-    return rank(config, home, task, seed, model, home / f"rank-ranked-seen{seed}")
+    judge = Judge(
+        model=train_world_model(config, home / f"wm-ranked-seen{seed}", seed, tuple(data)),
+        scorer=home / f"scorer{seed}",
+        ranking=home / f"rank-ranked-seen{seed}",
+    )
+    return rank(config, home, task, judge)
 
 
 def ranking_row(task: str, seed: int, found: dict[str, Any]) -> str:
@@ -232,7 +283,7 @@ def main(config: MakeResults) -> None:
         "| task | seed | policies | r | policy 95% | rollout 95% | r, one a lineage | ρ | MMRV | perfect model's MMRV | bias | regret | r corrected |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ranks, seen = list(heads), list(heads)
+    ranks, contact, seen = list(heads), list(heads), list(heads)
     for task in config.tasks:
         home = prepare(config, task)
         for seed in range(config.seeds):
@@ -241,14 +292,20 @@ def main(config: MakeResults) -> None:
                 f"| {task} | {seed} | {r['baseline']} | {r['camera']} | {r['horizon']} | "
                 f"{r['gain_db']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}] | {r['episodes']} |"
                 for r in (evaluated["against"] if evaluated else ())
+                if r["horizon"] in HORIZONS
             ]
             ranks.append(ranking_row(task, seed, ranked))
+            if config.contact:
+                contact.append(ranking_row(task, seed, run_seed_on_contact(config, home, task, seed)))
             if config.ranked_rollouts:
                 seen.append(ranking_row(task, seed, run_seed_with_ranked(config, home, task, seed)))
     text = "\n".join(["World models", "", *lines, "", "Rankings", "", *ranks, ""])
-    if config.ranked_rollouts:
-        title = f"Rankings by world models that also saw {config.ranked_rollouts} rollouts of every ranked policy"
-        text += "\n".join(["", title, "", *seen, ""])
+    for count, rows, title in (
+        (config.contact, contact, f"after the second stage, with {config.contact} episodes of the blend contact"),
+        (config.ranked_rollouts, seen, f"that also saw {config.ranked_rollouts} rollouts of every ranked policy"),
+    ):
+        if count:
+            text += "\n".join(["", f"Rankings by world models {title}", "", *rows, ""])
     (config.out / "tables.md").write_text(text)
     print(text)
 

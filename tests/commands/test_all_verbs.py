@@ -47,6 +47,8 @@ def test_eval_reports_what_the_documentation_promises(lab: Lab, worldline: Run, 
         found
     )
     assert {row["horizon"] for row in found["horizons"]} == {1, 2, 5}
+    assert {row["horizon"] for row in found["against"]} == {1, 2, 3, 4, 5}, "the gain is told at every frame"
+    assert found["worst_gains"][0]["horizons"] == 4
     assert {"true", "copy-first", "tokenizer"} <= {row["predictor"] for row in found["horizons"]}
     assert set(found["action_sensitivity"]["rgb"]) == {"true", "shuffled", "negated", "zeroed"}
     assert found["speed"]["frames_per_second"] > 0

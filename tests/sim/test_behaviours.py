@@ -44,6 +44,19 @@ def test_mixed_fails_in_two_of_five_episodes_and_in_four_ways() -> None:
     assert all(outcome["expert"])
 
 
+def test_contact_succeeds_about_as_often_as_it_fails() -> None:
+    task = "drawer-open-v3"
+    world = make_world(f"metaworld/{task}", cameras=())
+    outcome: dict[str, list[bool]] = {}
+    for index in range(40):
+        seed, cause = episode_seed(1, index), episode_cause("contact", 1, index)
+        act = behaviour(cause, task, seed=seed, horizon=160, rehearsal=world)
+        world.reset(seed)
+        outcome.setdefault(cause, []).append(any(world.drive(act).success for _ in range(40)))
+    assert 0.25 <= np.mean([success for cause in outcome for success in outcome[cause]]) <= 0.75
+    assert 0 < np.mean(outcome["clumsy"]) < 1
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_behaviour_is_a_function_of_its_seed(cause: str) -> None:
     world = make_world("metaworld/reach-v3", cameras=(), horizon=160)

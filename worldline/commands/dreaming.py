@@ -14,7 +14,7 @@ from worldline.errors import WorldlineError
 from worldline.eval import Report, horizon_curves, video_grid, write_mp4
 from worldline.eval.probes import Probe
 from worldline.eval.ranking import ReplayDiagnostic, replay_diagnostic
-from worldline.eval.world_model import Replays, WorldModelEvaluation, evaluate_world_model, load_replays
+from worldline.eval.world_model import HORIZONS, Replays, WorldModelEvaluation, evaluate_world_model, load_replays
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
@@ -236,18 +236,35 @@ def _page(
         curves = {_label(k): m[camera].moved_psnr for k, m in found.metrics.items()}
         masks = {_label(k): m[camera].moved_mask for k, m in found.metrics.items()}
         report.plot(f"PSNR on moved pixels, {camera}", horizon_curves(curves, masks=masks, ylabel="dB"))
+        ours = found.metrics["true"][camera]
+        gains = {
+            f"over {_label(k)}": ours.moved_psnr - m[camera].moved_psnr
+            for k, m in found.metrics.items()
+            if k in ("copy-first", "action-free")
+        }
+        figure = horizon_curves(gains, masks=dict.fromkeys(gains, ours.moved_mask), ylabel="dB, paired")
+        figure.axes[0].axhline(0.0, color="#64748b", linewidth=1)
+        report.plot(f"Gain on moved pixels over trivial predictors, {camera}", figure)
     for camera in found.metrics["true"]:
         for key, title in (("moved_psnr", "PSNR on moved pixels (dB)"), ("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
             _horizon_table(report, results["horizons"], camera, key, f"{title}, {camera}, by imagined frame")
     rows = [
         [r["baseline"], r["camera"], r["horizon"], r["gain_db"], r["low"], r["high"], r["episodes"]]
         for r in results["against"]
+        if r["horizon"] in HORIZONS
     ]
     report.table(
         "Gain on moved pixels over trivial predictors (dB, paired over episodes)",
         ["against", "camera", "horizon", "gain", "low", "high", "episodes"],
         rows,
     )
+    for worst in results["worst_gains"]:
+        least = worst["smallest"]
+        report.text(
+            f"{worst['camera']}, against {_label(worst['baseline'])}: the interval lies above zero at {worst['above']} of the "
+            f"{worst['horizons']} frames from 2 on; smallest gain {least['gain_db']:+.1f} dB [{least['low']:+.1f}, "
+            f"{least['high']:+.1f}] at frame {least['horizon']}."
+        )
     sensitivity = [
         [
             camera,

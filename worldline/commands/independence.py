@@ -23,31 +23,61 @@ def shared_with_training(
         calibration: the dataset whose replays set the threshold.
         truth: the simulator and the seeds of its starts.
     """
-    used: dict[str, list[str]] = {} if calibration is None else {str(calibration): ["threshold"]}
+    used: dict[Path, list[str]] = {} if calibration is None else {calibration.resolve(): ["threshold"]}
+    found = []
     tokenizer = resolve(world_model) / "tokenizer"
     for part, folder in (("world-model", world_model), ("tokenizer", tokenizer), ("scorer", scorer)):
-        for root in load_config(resolve(folder), part=part)["provenance"].get("data", []):
-            used.setdefault(str(root), []).append(part)
-    found = []
+        for named, root in _training_data(resolve(folder), part):
+            if root is not None:
+                used.setdefault(root, []).append(part)
+                continue
+            found.append(
+                f"{named}, the data of the {part}, is not here as it was: that it is independent could not be checked"
+            )
     for root, parts in used.items():
-        judge = ", ".join(parts)
-        if not (Path(root) / "meta/info.json").is_file():
-            found.append(f"{root}, the data of the {judge}, is not here: that it is independent could not be checked")
-            continue
         recorded = [dict(p or {}) for p in LeRobotDataset(root).episode_table["provenance"].tolist()]
-        found += _policies(policies, recorded, f"in {root}, the data of the {judge}")
+        found += _policies(policies, recorded, f"in {root}, the data of the {', '.join(parts)}")
         if truth is not None and "world-model" in parts:
             found += _starts(*truth, recorded, root)
     return found
 
 
+def _training_data(folder: Path, part: str) -> list[tuple[str, Path | None]]:
+    """Each dataset a checkpoint was trained on: its name, and where it is now (None: not found, or changed since).
+
+    Looked for under its name, then where it was as seen from the checkpoint. A world model's copy of its tokenizer lies
+    one folder deeper than the tokenizer did.
+    """
+    provenance = load_config(folder, part=part)["provenance"]
+    named = provenance.get("data", [])
+    marks = provenance.get("dataset_fingerprints", [None] * len(named))
+    seen = provenance.get("data_from_here", named)
+    found = []
+    for name, place, mark in zip(named, seen, marks, strict=True):
+        places = (Path(name), folder / place, folder.parent / place)
+        found.append((str(name), next((p.resolve() for p in places if _is_dataset(p, mark)), None)))
+    return found
+
+
+def _is_dataset(root: Path, fingerprint: str | None) -> bool:
+    if not (root / "meta/info.json").is_file():
+        return False
+    return fingerprint is None or LeRobotDataset(root).fingerprint == fingerprint
+
+
 def _policies(policies: Sequence[str], recorded: Sequence[Mapping[str, str]], where: str) -> list[str]:
-    seen = {str(p.get("policy")).partition("@")[0] for p in recorded}
+    seen = {_same(str(p.get("policy"))) for p in recorded}
     ranked = dict.fromkeys(name.partition("@")[0] for name in policies)
-    return [f"rollouts of {name} are {where}: its rank flatters itself" for name in ranked if name in seen]
+    return [f"rollouts of {name} are {where}: its rank flatters itself" for name in ranked if _same(name) in seen]
 
 
-def _starts(world: str, seeds: Sequence[int], recorded: Sequence[Mapping[str, str]], root: str) -> list[str]:
+def _same(policy: str) -> str:
+    """A policy's name without corruption; of a folder the whole path."""
+    name = policy.partition("@")[0]
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _starts(world: str, seeds: Sequence[int], recorded: Sequence[Mapping[str, str]], root: Path) -> list[str]:
     trained = [int(p["seed"]) for p in recorded if str(p.get("seed")).isdigit() and p.get("simulator") == world]
     if not trained:
         return []

@@ -160,11 +160,13 @@ def evaluate_world_model(
         name: {c: compare_videos(replays.frames[c][:, 1:], frames[c][:, 1:], replays.frames[c][:, 0]) for c in frames}
         for name, frames in dreams.items()
     }
+    against = _against(metrics, t)
     results: dict[str, Any] = {
         "episodes": n,
         "frames": t,
         "horizons": horizon_table(metrics, t),
-        "against": _against(metrics, t),
+        "against": against,
+        "worst_gains": worst_gains(against),
         "action_sensitivity": _sensitivity(metrics, dreams),
         "pose_error": [float((poses[:, h] - replays.poses[:, h]).norm(dim=-1).mean()) for h in range(1, t)],
         "pose_error_copy": [
@@ -217,17 +219,32 @@ def horizon_table(metrics: Mapping[str, Mapping[str, VideoMetrics]], t: int) -> 
 
 
 def _against(metrics: Mapping[str, Mapping[str, VideoMetrics]], t: int) -> list[dict[str, Any]]:
-    """Moved-pixel PSNR of the model minus that of each trivial predictor, paired over episodes, at each horizon."""
+    """Moved-pixel PSNR of the model minus that of each trivial predictor, paired over episodes, at every horizon."""
     rows = []
     for predictor in ("copy-first", "action-free"):
         for camera in metrics["true"] if predictor in metrics else ():
             ours, theirs = metrics["true"][camera], metrics[predictor][camera]
-            for h in [h for h in HORIZONS if h < t]:
+            for h in range(1, t):
                 mask = ours.moved_mask[:, h - 1]
                 if int(mask.sum()) < 3:
                     continue
                 gain = paired_interval(ours.moved_psnr[:, h - 1], theirs.moved_psnr[:, h - 1], mask=mask)
                 rows.append({"baseline": predictor, "camera": camera, "horizon": h, **_gain(gain)})
+    return rows
+
+
+def worst_gains(against: Sequence[Mapping[str, Any]], *, since: int = 2) -> list[dict[str, Any]]:
+    """Per baseline and camera: at how many horizons from `since` on the gain's interval excludes zero from below, and the
+    smallest gain of them."""
+    rows = []
+    for baseline, camera in dict.fromkeys((r["baseline"], r["camera"]) for r in against):
+        of = [r for r in against if (r["baseline"], r["camera"]) == (baseline, camera) and r["horizon"] >= since]
+        if of:
+            above = sum(r["low"] > 0 for r in of)
+            smallest = min(of, key=lambda r: r["gain_db"])
+            rows.append(
+                {"baseline": baseline, "camera": camera, "horizons": len(of), "above": above, "smallest": smallest}
+            )
     return rows
 
 

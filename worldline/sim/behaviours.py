@@ -18,6 +18,12 @@ the expert needed (`near_miss`: in the last steps before success).
     slow        expert at 10-25% of its speed
     random      smooth random actions
     play        random targets, many at or behind the object, gripper opening and closing
+    off_centre  expert that sees its hand 1-6 cm from where it is: touches the object where experts do not
+    clumsy      expert that sees its hand somewhere else, 1-5 cm off and wandering, slower and with noise: misses and retries
+    shaky       expert, action noise 0.6-1.6
+
+The last three are about as likely to succeed as to fail. The blend `contact` holds nothing but such episodes: a world
+model learns from them what a touch must be like to work, which clean successes and drastic failures do not show.
 
 Everything is a function of (task, cause, seed): no global randomness.
 """
@@ -35,6 +41,7 @@ from worldline.types import ActionSpec
 CAUSES = (
     *("expert", "jitter", "noise", "offset", "freeze", "near_miss"),
     *("reverse", "gripper", "delay", "slow", "random", "play"),
+    *("off_centre", "clumsy", "shaky"),  # at the end: a cause's place is part of its random stream
 )
 REHEARSED = frozenset({"freeze", "near_miss", "reverse", "delay"})
 
@@ -48,6 +55,7 @@ BLENDS: Mapping[str, Mapping[str, int]] = {
         **{"jitter": 3, "noise": 2, "offset": 3, "freeze": 3, "near_miss": 3},
         **{"reverse": 2, "gripper": 1, "delay": 1, "slow": 2},
     },
+    "contact": {"clumsy": 11, "off_centre": 4, "shaky": 4, "jitter": 1},
 }
 POLICIES = (*BLENDS, *CAUSES)
 
@@ -112,6 +120,8 @@ class _Fault:
     """How an expert goes wrong: in what it sees, in what it sends, and from when on (control steps)."""
 
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres, added to where it sees its hand
+    wander: float = 0.0  # metres, standard deviation of a slow random walk added to that shift
+    memory: float = 30.0  # control steps that walk remembers
     sigma: float = 0.0
     hold: int = 1  # control steps a noise sample lasts
     wait: int = 0
@@ -128,9 +138,7 @@ def _fault(cause: str, rng: np.random.Generator, needed: int | None, horizon: in
         case "noise":
             return _Fault(sigma=rng.uniform(2.0, 3.0), hold=int(rng.integers(1, 5)))
         case "offset":
-            direction = rng.normal(size=3)
-            shift = direction / np.linalg.norm(direction) * rng.uniform(0.05, 0.12)
-            return _Fault(shift=(float(shift[0]), float(shift[1]), float(shift[2])))
+            return _Fault(shift=_shift(rng, 0.05, 0.12))
         case "freeze":
             return _Fault(after=int(expected * rng.uniform(0.15, 0.9)), factor=0.0)
         case "near_miss":
@@ -142,8 +150,28 @@ def _fault(cause: str, rng: np.random.Generator, needed: int | None, horizon: in
             return _Fault(wait=int(max(horizon - expected * rng.uniform(0.3, 1.2), 0)))
         case "slow":
             return _Fault(after=0, factor=rng.uniform(0.10, 0.25))
+        case "off_centre":
+            return _Fault(shift=_shift(rng, 0.01, 0.06))
+        case "clumsy":
+            return _Fault(
+                wander=rng.uniform(0.01, 0.05),
+                memory=rng.uniform(15.0, 60.0),
+                sigma=rng.uniform(0.0, 0.8),
+                after=0,
+                factor=rng.uniform(0.4, 1.0),
+                gripper=rng.uniform(0.2, 1.0),
+            )
+        case "shaky":
+            return _Fault(sigma=rng.uniform(0.6, 1.6), hold=int(rng.integers(1, 4)))
         case _:
             return _Fault(gripper=-1.0)
+
+
+def _shift(rng: np.random.Generator, low: float, high: float) -> tuple[float, float, float]:
+    """A random direction, `low` to `high` metres long."""
+    direction = rng.normal(size=3)
+    x, y, z = direction / np.linalg.norm(direction) * rng.uniform(low, high)
+    return float(x), float(y), float(z)
 
 
 class _Perturbed:
@@ -153,14 +181,18 @@ class _Perturbed:
         self._act, self._rng, self._fault = act, rng, fault
         self._step = -1
         self._noise = np.zeros(4)
+        self._drift = rng.normal(size=3) * fault.wander if fault.wander else np.zeros(3)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
         fault = self._fault
         self._step += 1
         if self._step < fault.wait:
             return np.zeros(4)
+        if fault.wander:
+            kept = 1 - 1 / fault.memory
+            self._drift = kept * self._drift + np.sqrt(1 - kept**2) * fault.wander * self._rng.normal(size=3)
         seen = state.copy()
-        seen[:3] += fault.shift
+        seen[:3] += fault.shift + self._drift
         # Clipped before it is slowed or disturbed: experts ask for up to fifty times the range.
         action = np.clip(self._act(seen), -1.0, 1.0)
         if fault.after is not None and self._step >= fault.after:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from worldline.checkpoint import read_json, to_json, write_json
+from worldline.checkpoint import load_config, read_json, to_json, write_json
 from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer
 from worldline.errors import CheckpointError, DatasetError
 from worldline.tokenizers import Tokenizer
@@ -46,6 +46,31 @@ def open_datasets(
         episodes = dataset.split(split)[:max_episodes]
         chosen.append(Selection(dataset=dataset, episodes=tuple(episodes), store=FrameStore(dataset)))
     return chosen
+
+
+def data_provenance(
+    selections: Sequence[Selection], out: Path, *, init_from: Path | None = None, part: str = "world-model"
+) -> dict[str, list[str]]:
+    """What a checkpoint in `out` says of its data: folders as given, folders seen from `out`, and fingerprints, by which
+    the same data is known again when both have been moved together. The data of `init_from`, a `part`, counts too.
+    """
+    roots = [s.dataset.root for s in selections]
+    found = {
+        "data": [str(root) for root in roots],
+        "data_from_here": [os.path.relpath(root.resolve(), out.resolve()) for root in roots],
+        "dataset_fingerprints": [s.dataset.fingerprint for s in selections],
+    }
+    if init_from is not None:
+        earlier = load_config(init_from, part=part)["provenance"]
+        named = earlier.get("data", [])
+        seen = [
+            os.path.relpath(Path(init_from, p).resolve(), out.resolve()) for p in earlier.get("data_from_here", named)
+        ]
+        for root, place, mark in zip(named, seen, earlier.get("dataset_fingerprints", named), strict=True):
+            if mark not in found["dataset_fingerprints"]:
+                for key, value in zip(found, (root, place, mark), strict=True):
+                    found[key].append(value)
+    return found
 
 
 def share(selections: Sequence[Selection], seed: int, step: int, size: int) -> list[int]:

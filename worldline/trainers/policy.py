@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worldline.errors import DatasetError
 from worldline.policies import ClonedPolicy, PolicyConfig
-from worldline.trainers.inputs import Selection, claim_output, fit_normalizers, open_datasets
+from worldline.trainers.inputs import Selection, claim_output, data_provenance, fit_normalizers, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.types import Episode
@@ -132,7 +132,7 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
     spec = picked[0].dataset.spec
     policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
     provenance = {
-        "data": [str(d) for d in config.data],
+        **data_provenance(picked, config.out),
         "demonstrations": sum(len(s.episodes) for s in picked),
         "episodes": {str(s.dataset.root): list(s.episodes) for s in picked},
     }

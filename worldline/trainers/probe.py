@@ -17,7 +17,7 @@ from worldline.errors import DatasetError
 from worldline.eval.probes import Probe, ProbeConfig
 from worldline.policies import EncoderConfig
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.trainers.inputs import claim_output, open_datasets
+from worldline.trainers.inputs import claim_output, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.trainers.scorer import half_reconstructed
@@ -124,5 +124,5 @@ def run(config: TrainProbe, *, progress: bool = True) -> Path:
     probe = Probe(settings, draw.spec, RobustNormalizer.fit(draw.targets))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     stage = _ProbeStage(probe, draw, SampleDraw(held_out, function, window=window), tokenizer)
-    provenance = {"data": [str(d) for d in config.data]}
+    provenance = data_provenance(training, config.out)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -20,7 +20,7 @@ from worldline.errors import DatasetError
 from worldline.eval.calibration import best_threshold
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.trainers.inputs import Selection, claim_output, open_datasets
+from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.types import Episode
@@ -199,8 +199,7 @@ def run(config: TrainScorer, *, progress: bool = True) -> Path:
     torch.manual_seed(config.loop.seed)
     model = SuccessScorer(config.scorer, draw.spec)
     provenance = {
-        "data": [str(d) for d in config.data],
-        "dataset_fingerprints": [s.dataset.fingerprint for s in training],
+        **data_provenance(training, config.out),
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
     }
     stage = _ScorerStage(model, draw, held_out, tokenizer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldline import checkpoint
 from worldline.tokenizers import AutoencoderConfig, AutoencoderTokenizer, PixelPatches, build_autoencoder, to_images
-from worldline.trainers.inputs import FrameBatches, claim_output, open_datasets
+from worldline.trainers.inputs import FrameBatches, claim_output, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,7 @@ def run(config: TrainTokenizer, *, progress: bool = True) -> Path:
         config.out, "tokenizer", config, identity=("data", "kind", "cameras", "autoencoder", "patch", "pretrained")
     )
     provenance = {
-        "data": [str(d) for d in config.data],
-        "dataset_fingerprints": [s.dataset.fingerprint for s in training.selections],
+        **data_provenance(training.selections, config.out),
     }
     if config.kind == "autoencoder":
         torch.manual_seed(config.loop.seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldline.diffusion import LevelDistribution
 from worldline.errors import SpecMismatch
 from worldline.tokenizers import Tokenizer, load_tokenizer, whiten
-from worldline.trainers.inputs import LatentBatches, claim_output, fit_normalizers, open_datasets
+from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, fit_normalizers, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.types import Clip
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
@@ -160,8 +160,7 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
         model = AutoregressiveWorldModel(config.model, batches.spec, action_normalizer=actions, pose_normalizer=poses)
     stage = _WorldModelStage(model, batches, LatentBatches(held_out, tokenizer, **options), tokenizer)
     provenance = {
-        "data": [str(d) for d in config.data],
-        "dataset_fingerprints": [s.dataset.fingerprint for s in training],
+        **data_provenance(training, config.out, init_from=config.init_from),
         "tokenizer": tokenizer.fingerprint,
         "init_from": str(config.init_from) if config.init_from else None,
         "weights": sum(p.numel() for p in model.parameters()),

@@ -1,0 +1,82 @@
+"""Rankings that flatter themselves are told: policies and starts shared with training, also of moved or built-on models."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Lab, Run, record
+from tests.commands.dots import WORLD
+from worldline.commands.independence import shared_with_training
+from worldline.sim.record import episode_seed
+
+SHORT = ("--max-steps", 1, "--loop.warmup", 1, "--loop.batch-size", 2, "--frames", 4)
+NETWORK = ("--model.network.width", 32, "--model.network.depth", 1, "--model.network.heads", 2)
+
+
+def shared(lab: Lab, model: Path, **changes: object) -> list[str]:
+    options: dict[str, object] = {"world_model": model, "scorer": lab.scorer, "calibration": None, "truth": None}
+    return shared_with_training([str(lab.bc)], **(options | changes))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rollouts of the policy that is ranked."""
+    folder = tmp_path_factory.mktemp("seen") / "rollouts"
+    record(folder, 10, "--policy", lab.bc)
+    return folder
+
+
+def test_policies_nobody_saw_are_not_mentioned(lab: Lab) -> None:
+    assert shared(lab, lab.wm) == []
+    assert shared(lab, lab.wm, calibration=lab.data) == []
+
+
+def test_true_starts_in_the_training_data_are_told(lab: Lab) -> None:
+    (said,) = shared(lab, lab.wm, truth=(WORLD, [episode_seed(0, 0), 12345]))
+    assert said.startswith("1 of 2 true starts") and "held-out" in said
+    assert shared(lab, lab.wm, truth=(WORLD, [12345, 12346])) == []
+
+
+def test_a_threshold_chosen_on_rollouts_of_the_ranked_policy_is_told(
+    lab: Lab, seen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (said,) = shared(lab, lab.wm, calibration=seen)
+    assert "flatters itself" in said and "threshold" in said
+    monkeypatch.chdir(lab.root)  # under another name
+    (said,) = shared_with_training(["bc@noise=1"], world_model=lab.wm, scorer=lab.scorer, calibration=seen, truth=None)
+    assert "flatters itself" in said
+
+
+def test_what_the_first_weights_saw_counts(lab: Lab, seen: Path, worldline: Run, tmp_path: Path) -> None:
+    first, then = tmp_path / "first", tmp_path / "then"
+    options = ("--tokenizer", lab.tok, "--model.network.window", 4, *NETWORK, *SHORT)
+    assert worldline("train", "world-model", "--data", seen, "--out", first, *options).code == 0
+    (said,) = shared(lab, first)
+    assert "flatters itself" in said and "world-model" in said
+    said = worldline("train", "world-model", "--data", lab.data, "--init-from", first, "--out", then, *options)
+    assert said.code == 0, said.err
+    (said,) = shared(lab, then)
+    assert str(seen) in said and "flatters itself" in said
+
+
+def test_data_is_found_again_after_a_move_and_not_taken_for_another(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("data", "tok", "scorer"):
+        shutil.copytree(lab.root / name, here / name)
+    for part, folder in (("tokenizer", "tok"), ("scorer", "scorer")):
+        assert worldline("show", here / folder).code == 0, part
+    options = ("--tokenizer", here / "tok", "--model.network.window", 4, *NETWORK, *SHORT)
+    said = worldline("train", "world-model", "--data", here / "data", "--out", here / "wm", *options)
+    assert said.code == 0, said.err
+    there = tmp_path / "there"
+    os.rename(here, there)
+    truth = (WORLD, [episode_seed(0, 0)])
+    (said,) = shared(lab, there / "wm", truth=truth, scorer=there / "scorer")
+    assert "1 of 1 true starts" in said and str(there / "data") in said
+
+    shutil.rmtree(there / "data")
+    record(there / "data", 10, "--seed", 9)  # another dataset in its place
+    assert any(f"{here / 'data'}, the data of the world-model" in s for s in shared(lab, there / "wm", truth=truth))

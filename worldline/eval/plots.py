@@ -164,7 +164,7 @@ def horizon_curves(
             shown, centre, color=colour, label=name, linewidth=2, marker="o" if len(shown) < 16 else None, markersize=4
         )
         axes.fill_between(shown, centre - spread, centre + spread, color=colour, alpha=0.15, linewidth=0)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -131,7 +131,8 @@ def require_match(
         raise SpecMismatch(
             f"{between} do not fit:\n"
             + "\n".join(lines)
-            + "\nUse components made for the same data, or join them with an explicit ActionMap."
+            + "\nUse components made for the same data at the same rate (control_steps grow with --stride), or join them "
+            "with an explicit ActionMap."
         )
 
 

@@ -1,5 +1,6 @@
 """Every stage trains on the dot world within seconds, and has then learned what it is for."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def test_statistics_fitted_again_reach_a_cache_made_before(dots, patches):
 
 
 def test_batches_of_moments_are_whole_and_balanced(dots):
-    draw = SampleDraw(open_datasets((dots,), "train"), scorer.frame_labels, balance=True)
+    draw = SampleDraw(open_datasets((dots,), "train"), scorer.frame_labels(1), balance=True)
     for size in (1, 7, 8):
         target = draw.batch(0, 3, size).target
         assert len(target) == size
@@ -230,6 +231,21 @@ def test_batches_of_moments_are_whole_and_balanced(dots):
     unlabelled = lambda episode: (torch.zeros(0, dtype=torch.long), torch.zeros(0))  # noqa: E731
     with pytest.raises(DatasetError, match=r"no moment to learn from in \d+ episodes"):
         SampleDraw(open_datasets((dots,), "train"), unlabelled)
+
+
+def test_moments_at_a_stride_see_frames_apart_and_keep_every_success(dots):
+    selections = open_datasets((dots,), "train", stride=3)
+    draw = SampleDraw(selections, scorer.frame_labels(3), window=2)
+    episode = selections[0].dataset.episode(selections[0].episodes[0])
+    seen = draw.gather(torch.tensor([0, 2, 7]))  # moments of the first episode
+    video = episode.frames["top"][:]
+    for row, (before, now) in enumerate([(0, 0), (0, 2), (4, 7)]):
+        assert torch.equal(seen.observation.images["top"][row], torch.cat([video[before], video[now]]))
+    assert draw.spec.control_steps == 3 * selections[0].dataset.spec.control_steps
+
+    lasting_one_frame = dataclasses.replace(episode, frame_success=torch.arange(len(episode)) == 4)
+    times, labels = scorer.frame_labels(3)(lasting_one_frame)
+    assert times[labels > 0.5].tolist() == [4, 5, 6], "whichever frames are kept, one of them is a success"
 
 
 def test_clips_longer_than_any_episode_are_refused_before_encoding(dots, patches, tmp_path, monkeypatch):

@@ -197,13 +197,13 @@ def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
     )
     if judges.action_free is not None:
         require_match(spec, judges.action_free.spec, between="world model and --action-free")
-    for judge, flag in (
-        (judges.probe, "--probe"),
-        (judges.inverse_model, "--inverse-model"),
-        (judges.scorer, "--scorer"),
+    for judge, flag, only in (
+        (judges.probe, "--probe", ("cameras",)),
+        (judges.inverse_model, "--inverse-model", ("cameras", "control_steps")),
+        (judges.scorer, "--scorer", ("cameras", "control_steps")),
     ):
         if judge is not None:
-            require_match(spec, judge.spec, between=f"world model and {flag}", only=("cameras",))
+            require_match(spec, judge.spec, between=f"world model and {flag}", only=only)
     return judges
 
 

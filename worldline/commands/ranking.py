@@ -183,7 +183,7 @@ def labels(policies: tuple[str, ...]) -> list[str]:
 def _load_judges(config: Rank) -> _Judges:
     dream = load_dream(config.world_model, solver_steps=config.solver_steps)
     scorer = SuccessScorer.from_pretrained(config.scorer)
-    require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras",))
+    require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
     identity = [weights_of(config.world_model), weights_of(config.scorer), config.seed, config.solver_steps]
     return _Judges(dream=dream, scorer=scorer, kept=Kept(config.out / "rollouts"), identity=identity)
 

@@ -12,10 +12,10 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from worldline.checkpoint import load_config, read_json, to_json, write_json
-from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer
+from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, strided
 from worldline.errors import CheckpointError, DatasetError
 from worldline.tokenizers import Tokenizer
-from worldline.types import Clip, require_match
+from worldline.types import Clip, WorldSpec, require_match
 
 
 def cache_root() -> Path:
@@ -25,15 +25,25 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """One dataset, the episodes of it that are used, and its decoded frames."""
+    """One dataset, the episodes of it that are used, its decoded frames, and at which stride single moments are read."""
 
     dataset: LeRobotDataset
     episodes: tuple[int, ...]
     store: FrameStore
+    stride: int = 1
+
+    @property
+    def spec(self) -> WorldSpec:
+        return strided(self.dataset.spec, self.stride)
 
 
 def open_datasets(
-    roots: Sequence[Path], split: str, *, cameras: Sequence[str] | None = None, max_episodes: int | None = None
+    roots: Sequence[Path],
+    split: str,
+    *,
+    cameras: Sequence[str] | None = None,
+    max_episodes: int | None = None,
+    stride: int = 1,
 ) -> list[Selection]:
     """Open datasets of one spec. Raises `SpecMismatch` where two differ, `DatasetError` for an empty split."""
     if not roots:
@@ -44,7 +54,7 @@ def open_datasets(
         if chosen:
             require_match(dataset.spec, chosen[0].dataset.spec, between=f"datasets {root} and {chosen[0].dataset.root}")
         episodes = dataset.split(split)[:max_episodes]
-        chosen.append(Selection(dataset=dataset, episodes=tuple(episodes), store=FrameStore(dataset)))
+        chosen.append(Selection(dataset=dataset, episodes=tuple(episodes), store=FrameStore(dataset), stride=stride))
     return chosen
 
 

@@ -33,6 +33,8 @@ class TrainPolicy:
     """How many demonstrations to use, drawn by --loop.seed; all by default."""
     demonstrations: Literal["expert", "success", "all"] = "success"
     """Which episodes are demonstrations: recorded by the expert, labelled successful, or all."""
+    stride: int = 1
+    """Dataset frames per frame that the policy sees and is asked at: that of the world model it will act in."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200, batch_size=64, lr=1e-3, ema=0.995))
 
@@ -118,18 +120,25 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
     settings = replace(config.policy, kind=config.kind)
     picked = demonstrations(
-        open_datasets(config.data, "train"), config.demonstrations, config.episodes, config.loop.seed
+        open_datasets(config.data, "train", stride=config.stride),
+        config.demonstrations,
+        config.episodes,
+        config.loop.seed,
     )
     held_out = None
     try:
-        others = demonstrations(open_datasets(config.data, "held-out"), config.demonstrations, None, 0)
+        others = demonstrations(
+            open_datasets(config.data, "held-out", stride=config.stride), config.demonstrations, None, 0
+        )
         held_out = SampleDraw(others, chunks(settings.chunk))
     except DatasetError:
         held_out = None  # a small dataset may hold no held-out demonstration; then nothing is reported
-    claim_output(config.out, "policy", config, identity=("data", "kind", "episodes", "demonstrations", "policy"))
+    claim_output(
+        config.out, "policy", config, identity=("data", "kind", "episodes", "demonstrations", "stride", "policy")
+    )
     actions, poses = fit_normalizers(picked)
     torch.manual_seed(config.loop.seed)
-    spec = picked[0].dataset.spec
+    spec = picked[0].spec
     policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
     provenance = {
         **data_provenance(picked, config.out),

@@ -43,6 +43,8 @@ class TrainProbe:
     """The camera in whose pixels an object's position is told (target object)."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them."""
+    stride: int = 1
+    """Dataset frames per frame seen: that of the world model it will be used with."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
 
     def __post_init__(self) -> None:
@@ -85,7 +87,10 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
         names = dataset.spec.action.names
 
         def actions(episode: Episode) -> tuple[Tensor, Tensor]:
-            return torch.arange(1, len(episode)), episode.actions.mean(1)
+            means = (
+                episode.actions.mean(1).unfold(0, config.stride, 1).mean(-1)
+            )  # of the blocks between two frames seen
+            return torch.arange(config.stride, len(episode)), means
 
         return actions, names, 2
     if config.target == "object":
@@ -115,10 +120,11 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
 
 def run(config: TrainProbe, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
-    training, held_out = open_datasets(config.data, "train"), open_datasets(config.data, "held-out")
+    training = open_datasets(config.data, "train", stride=config.stride)
+    held_out = open_datasets(config.data, "held-out", stride=config.stride)
     function, names, window = _target(config, training[0].dataset)
     draw = SampleDraw(training, function, window=window)
-    claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer"))
+    claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer", "stride"))
     torch.manual_seed(config.loop.seed)
     settings = ProbeConfig(target=config.target, names=names, encoder=EncoderConfig(window=window, shift=0))
     probe = Probe(settings, draw.spec, RobustNormalizer.fit(draw.targets))

@@ -37,7 +37,7 @@ class SampleDraw:
 
     Args:
         target: episode -> (times "m", values "m ..."): the frames it is defined at, and its values there.
-        window: frames stacked; before the first frame the first one is repeated.
+        window: frames stacked, the selections' stride apart; before the first frame the first one is repeated.
         balance: draw moments with target > 0.5 and the others equally often (binary targets).
     """
 
@@ -50,7 +50,7 @@ class SampleDraw:
         balance: bool = False,
     ) -> None:
         self.selections, self.window = selections, window
-        self.spec = selections[0].dataset.spec
+        self.spec = selections[0].spec
         self.moments: list[_Moments] = []
         owner, flat = [], []
         for which, s in enumerate(selections):
@@ -113,6 +113,7 @@ class SampleDraw:
         return Samples(observation=observation, target=self.targets[indices])
 
     def _frames(self, moments: _Moments, camera: str, time: int) -> UInt8[Tensor, "wc h w"]:
-        video = self.selections[moments.selection].store.frames(moments.episode, camera)
-        rows = (torch.arange(self.window) + time - self.window + 1).clamp(min=0)
+        selection = self.selections[moments.selection]
+        video = selection.store.frames(moments.episode, camera)
+        rows = ((torch.arange(self.window) - self.window + 1) * selection.stride + time).clamp(min=0)
         return video[rows].flatten(0, 1)

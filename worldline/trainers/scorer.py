@@ -41,6 +41,8 @@ class TrainScorer:
     """Folder for the checkpoint. A run that was interrupted goes on there."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    stride: int = 1
+    """Dataset frames per frame seen: that of the world model it will be used with."""
     scorer: SuccessConfig = field(default_factory=SuccessConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
 
@@ -97,11 +99,16 @@ def half_reconstructed(
     return out
 
 
-def frame_labels(episode: Episode) -> tuple[Tensor, Tensor]:
-    """Target function of success: every frame, labelled by the recorder."""
-    if episode.frame_success is None:
-        return torch.zeros(0, dtype=torch.long), torch.zeros(0)
-    return torch.arange(len(episode)), episode.frame_success.float()
+def frame_labels(stride: int):
+    """Target function of success: every frame, labelled by the recorder; a success if any of the last `stride` was one."""
+
+    def target(episode: Episode) -> tuple[Tensor, Tensor]:
+        if episode.frame_success is None:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        before = F.pad(episode.frame_success.float(), (stride - 1, 0))
+        return torch.arange(len(episode)), before.unfold(0, stride, 1).amax(-1)
+
+    return target
 
 
 @torch.no_grad()
@@ -121,16 +128,16 @@ def read_episodes(
     logits, done, videos = [], [], []
     for s in selections:
         for number in s.episodes:
-            episode = s.dataset.episode(number)
-            if episode.frame_success is None:
+            times, labels = frame_labels(s.stride)(s.dataset.episode(number))
+            if not len(times):
                 continue
-            video = {c: s.store.frames(number, c) for c in scorer.encoder.names}
+            video = {c: s.store.frames(number, c)[:: s.stride] for c in scorer.encoder.names}
             if tokenizer is not None:
                 device = next(iter(tokenizer.parameters()), torch.zeros(())).device
                 batched = {c: x[None].to(device) for c, x in video.items()}
                 video = {c: x[0].cpu() for c, x in tokenizer.decode(tokenizer.encode(batched)).items()}
             logits.append(score_video(scorer, video))
-            done.append(episode.frame_success)
+            done.append(labels[:: s.stride] > 0.5)
             videos.append(video)
     if not logits:
         raise DatasetError("held-out episodes with success labels are required to calibrate a scorer, got none")
@@ -174,7 +181,7 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
     def share(change: Any) -> float:
         said = []
         for s, number in episodes:
-            video = {c: change(s.store.frames(number, c)) for c in scorer.encoder.names}
+            video = {c: change(s.store.frames(number, c)[:: s.stride]) for c in scorer.encoder.names}
             p = torch.sigmoid(config.scale * score_video(scorer, video) + config.offset)
             said.append(episode_probability(p[None], persist=persist)[0] > config.threshold)
         return float(torch.stack(said).float().mean()) if said else float("nan")
@@ -192,9 +199,10 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
 
 def run(config: TrainScorer, *, progress: bool = True) -> Path:
     """Train, calibrate, audit and save. Returns the checkpoint folder."""
-    training, held_out = open_datasets(config.data, "train"), open_datasets(config.data, "held-out")
-    draw = SampleDraw(training, frame_labels, window=config.scorer.encoder.window, balance=True)
-    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "scorer"))
+    training = open_datasets(config.data, "train", stride=config.stride)
+    held_out = open_datasets(config.data, "held-out", stride=config.stride)
+    draw = SampleDraw(training, frame_labels(config.stride), window=config.scorer.encoder.window, balance=True)
+    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "stride", "scorer"))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     torch.manual_seed(config.loop.seed)
     model = SuccessScorer(config.scorer, draw.spec)

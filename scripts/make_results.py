@@ -54,7 +54,9 @@ class MakeResults:
     imagined_episodes: int = 100
     contact: int = 0
     """Also the second stage, each seed's world model trained on with so many episodes of the blend `contact` beside the
-    first data, and ranked again with a scorer of both."""
+    first data, and ranked again with a scorer of all."""
+    mistaken: int = 0
+    """Episodes of the cause `mistaken` in the second stage's data."""
     evaluate: bool = True
     """The world-model table too, which needs two probes a task; without it rankings alone."""
     action_free: bool = True
@@ -90,6 +92,7 @@ def prepare(config: MakeResults, task: str) -> Path:
         ("data", config.demos, 0, "mixed"),
         ("test", config.tests, 1, "mixed"),
         ("contact", config.contact, 3, "contact"),
+        ("mistaken", config.mistaken, 4, "mistaken"),
     )
     for name, count, seed, blend in recordings:
         if count and not (home / name / "meta" / "info.json").is_file():
@@ -198,8 +201,9 @@ def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dic
 
 def run_seed_on_contact(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
     """The second stage: the seed's world model trained on with episodes that lie between success and failure."""
-    data = (home / "data", home / "contact")
-    judge = train_judge(config, home, seed, data, "-contact", init_from=home / f"wm{seed}", base=CONTACT_STEPS)
+    data = (home / "data", home / "contact", *([home / "mistaken"] if config.mistaken else ()))
+    suffix = "-contact-mistaken" if config.mistaken else "-contact"
+    judge = train_judge(config, home, seed, data, suffix, init_from=home / f"wm{seed}", base=CONTACT_STEPS)
     return rank(config, home, task, judge)
 
 

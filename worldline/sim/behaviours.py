@@ -21,8 +21,9 @@ the expert needed (`near_miss`: in the last steps before success).
     off_centre  expert that sees its hand 1-6 cm from where it is: touches the object where experts do not
     clumsy      expert that sees its hand somewhere else, 1-5 cm off and wandering, slower and with noise: misses and retries
     shaky       expert, action noise 0.6-1.6
+    mistaken    expert that takes the object to be where it is in another start, as policies do that hardly look at it
 
-The last three are about as likely to succeed as to fail. The blend `contact` holds nothing but such episodes: a world
+Off_centre, clumsy and shaky are about as likely to succeed as to fail. The blend `contact` holds nothing but such episodes: a world
 model learns from them what a touch must be like to work, which clean successes and drastic failures do not show.
 
 Everything is a function of (task, cause, seed): no global randomness.
@@ -41,7 +42,7 @@ from worldline.types import ActionSpec
 CAUSES = (
     *("expert", "jitter", "noise", "offset", "freeze", "near_miss"),
     *("reverse", "gripper", "delay", "slow", "random", "play"),
-    *("off_centre", "clumsy", "shaky"),  # at the end: a cause's place is part of its random stream
+    *("off_centre", "clumsy", "shaky", "mistaken"),  # at the end: a cause's place is part of its random stream
 )
 REHEARSED = frozenset({"freeze", "near_miss", "reverse", "delay"})
 
@@ -101,6 +102,10 @@ def behaviour(cause: str, task: str, *, seed: int, horizon: int, rehearsal: Simu
     needed = None
     if cause in REHEARSED:
         needed = rehearse(rehearsal, task, seed)
+    if cause == "mistaken":
+        here, there = (rehearsal.reset(s).state[4:7] for s in (seed, int(rng.integers(2**48))))
+        x, y, z = (there - here).tolist()
+        return _Perturbed(act=expert(task), rng=rng, fault=_Fault(mistake=(x, y, z)))
     return _Perturbed(act=expert(task), rng=rng, fault=_fault(cause, rng, needed, horizon))
 
 
@@ -120,6 +125,7 @@ class _Fault:
     """How an expert goes wrong: in what it sees, in what it sends, and from when on (control steps)."""
 
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres, added to where it sees its hand
+    mistake: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres, added to where it sees the object
     wander: float = 0.0  # metres, standard deviation of a slow random walk added to that shift
     memory: float = 30.0  # control steps that walk remembers
     sigma: float = 0.0
@@ -193,6 +199,7 @@ class _Perturbed:
             self._drift = kept * self._drift + np.sqrt(1 - kept**2) * fault.wander * self._rng.normal(size=3)
         seen = state.copy()
         seen[:3] += fault.shift + self._drift
+        seen[4:7] += fault.mistake
         # Clipped before it is slowed or disturbed: experts ask for up to fifty times the range.
         action = np.clip(self._act(seen), -1.0, 1.0)
         if fault.after is not None and self._step >= fault.after:

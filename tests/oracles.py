@@ -139,7 +139,7 @@ class DotPolicy:
 class DotScorer:
     """Success probability 1 where the dot is seen beyond the goal."""
 
-    name, window, input = "dot-rule", 1, "pixels"
+    name, window, input, spec = "dot-rule", 1, "pixels", SPEC
 
     def reset(self, n: int) -> TensorState:
         return TensorState(tensors={}, rows=n)

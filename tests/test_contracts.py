@@ -395,7 +395,7 @@ def test_a_unified_video_action_model_is_both_and_drives_itself() -> None:
 class InverseDynamics:
     """Scores how well the block explains the change it led to; remembers the frame before."""
 
-    name, window, input = "inverse-dynamics", 2, "pixels"
+    name, window, input, spec = "inverse-dynamics", 2, "pixels", SPEC
 
     def reset(self, n: int) -> TensorState:
         return TensorState(tensors={"before": torch.full((n,), float("nan"))}, rows=n)

@@ -338,6 +338,11 @@ class Scorer(Protocol):
     def name(self) -> str: ...
 
     @property
+    def spec(self) -> WorldSpec:
+        """The cameras it looks at, and how far apart (`control_steps`) it expects their frames."""
+        ...
+
+    @property
     def window(self) -> int: ...
 
     @property

@@ -13,6 +13,7 @@ from worldline.eval import rank_statistics
 from worldline.policies import EncoderConfig
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_success
+from worldline.rl_in_imagination.vector_env import ImaginedVectorEnv
 from worldline.tokenizers import PixelPatches
 from worldline.types import CameraSpec, Observation, Scorer
 
@@ -135,6 +136,22 @@ def test_a_start_of_another_image_size_is_refused(dream: Dream) -> None:
     )
     with pytest.raises(SpecMismatch, match="16x16 required"):
         dream.start(large, seeds=torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"control_steps": 6}, "control_steps: required 6, got 2"),
+        ({"cameras": (CameraSpec(name="wrist", height=8, width=8),)}, "camera wrist: required 8x8, got none"),
+    ],
+)
+def test_a_scorer_of_another_rate_or_view_is_refused(dream: Dream, change: dict, told: str) -> None:
+    judge = DotScorer()
+    judge.spec = replace(SPEC, **change)
+    with pytest.raises(SpecMismatch, match=told):
+        rollout(dream, DotPolicy(1.0), judge, starts(2), frames=3, seeds=torch.arange(2))
+    with pytest.raises(SpecMismatch, match=told):
+        ImaginedVectorEnv(dream, judge, starts(2), num_envs=2, horizon=3)
 
 
 def test_a_policy_of_another_world_is_refused_with_every_difference(dream: Dream) -> None:

@@ -57,6 +57,23 @@ def test_contact_succeeds_about_as_often_as_it_fails() -> None:
     assert 0 < np.mean(outcome["clumsy"]) < 1
 
 
+def test_mistaken_presses_somewhere_else() -> None:
+    """It goes where the object would be in another start: often beside it, sometimes near enough."""
+    task = "button-press-topdown-v3"
+    world, rehearsal = (make_world(f"metaworld/{task}", cameras=()) for _ in range(2))
+    pressed, away = [], []
+    for index in range(20):
+        seed = episode_seed(2, index)
+        act = behaviour("mistaken", task, seed=seed, horizon=160, rehearsal=rehearsal)
+        button = world.reset(seed).state[4:6]
+        steps = [world.drive(act) for _ in range(40)]
+        pressed.append(any(step.success for step in steps))
+        away.append(float((steps[20].frame.state[:2] - button).norm()))
+    assert 0.2 <= np.mean(pressed) <= 0.8
+    assert max(d for d, p in zip(away, pressed, strict=True) if not p) > 0.05
+    assert max(d for d, p in zip(away, pressed, strict=True) if p) < max(away)
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_behaviour_is_a_function_of_its_seed(cause: str) -> None:
     world = make_world("metaworld/reach-v3", cameras=(), horizon=160)

@@ -140,12 +140,15 @@ def rollout(
 ) -> Rollouts:
     """Imagine `frames` frames from each start, under a policy or (policy None) under given actions.
 
-    Raises `SpecMismatch` if the policy requires cameras, actions or rates that the world model does not provide.
+    Raises `SpecMismatch` if the policy or the scorer requires cameras, actions or rates that the world model does not
+    provide.
     """
     if (policy is None) == (actions is None):
         raise ValueError("either a policy or actions must be given")
     if policy is not None:
         require_match(dream.spec, policy.spec, between="world model and policy")
+    if scorer is not None:
+        require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
     executor = None if policy is None else ChunkExecutor(policy)
     parts = []
     groups = torch.arange(len(starts)).split(batch)

@@ -20,10 +20,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from worldline.errors import SpecMismatch
 from worldline.executor import index_observation
 from worldline.rl_in_imagination.dream import Dream, DreamState
-from worldline.types import Observation, Score, Scorer
+from worldline.types import Observation, Score, Scorer, require_match
 
 
 class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
@@ -48,7 +47,7 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
             DISABLED: the row must be reset by `reset(options={"reset_mask": ...})` before the next `step`.
         render_mode: "rgb_array" lets `render` return one picture a row, cameras side by side.
 
-    Raises `SpecMismatch` if a start lacks a camera or the scorer wants one that the dream does not make.
+    Raises `SpecMismatch` if a start lacks a camera, or the scorer wants one that the dream does not make or another rate.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
                 f"num_envs, horizon and starts must be at least 1, got {num_envs}, {horizon} and {len(starts)}"
             )
         spec = dream.spec
-        _require_cameras(scorer, dream)
+        require_match(spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
         own = getattr(scorer, "config", None)
         self.threshold = getattr(own, "threshold", 0.5) if threshold is None else threshold
         self.persist = getattr(own, "persist", 1) if persist is None else persist
@@ -222,12 +221,6 @@ def to_observation(observed: Mapping[str, Any], *, instruction: str = "") -> Obs
     pose = torch.as_tensor(np.asarray(observed["agent_pos"], np.float32))
     images = {c: torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))) for c, x in observed["pixels"].items()}
     return Observation(images=images, pose=pose, instruction=(instruction,) * len(pose))
-
-
-def _require_cameras(scorer: Scorer, dream: Dream) -> None:
-    wanted = getattr(scorer, "spec", None)
-    if wanted is not None and (missing := {c.name for c in wanted.cameras} - {c.name for c in dream.spec.cameras}):
-        raise SpecMismatch(f"the scorer requires cameras {sorted(missing)}, the world model does not make them")
 
 
 def _pick(mask: Tensor, new: Score, old: Score) -> Score:

@@ -24,16 +24,18 @@ def shared_with_training(
         truth: the simulator and the seeds of its starts.
     """
     used: dict[Path, list[str]] = {} if calibration is None else {calibration.resolve(): ["threshold"]}
-    found = []
+    missing: dict[str, list[str]] = {}
     tokenizer = resolve(world_model) / "tokenizer"
     for part, folder in (("world-model", world_model), ("tokenizer", tokenizer), ("scorer", scorer)):
         for named, root in _training_data(resolve(folder), part):
-            if root is not None:
+            if root is None:
+                missing.setdefault(named, []).append(part)
+            else:
                 used.setdefault(root, []).append(part)
-                continue
-            found.append(
-                f"{named}, the data of the {part}, is not here as it was: that it is independent could not be checked"
-            )
+    found = [
+        f"{named}, the data of the {', '.join(parts)}, is not here as it was: that it is independent could not be checked"
+        for named, parts in missing.items()
+    ]
     for root, parts in used.items():
         recorded = [dict(p or {}) for p in LeRobotDataset(root).episode_table["provenance"].tolist()]
         found += _policies(policies, recorded, f"in {root}, the data of the {', '.join(parts)}")

@@ -131,8 +131,7 @@ def require_match(
         raise SpecMismatch(
             f"{between} do not fit:\n"
             + "\n".join(lines)
-            + "\nUse components made for the same data at the same rate (control_steps grow with --stride), or join them "
-            "with an explicit ActionMap."
+            + "\nUse components made for the same data and --stride, or join them with an explicit ActionMap."
         )
 
 
@@ -340,7 +339,6 @@ class Scorer(Protocol):
     @property
     def spec(self) -> WorldSpec:
         """The cameras it looks at, and how far apart (`control_steps`) it expects their frames."""
-        ...
 
     @property
     def window(self) -> int: ...

@@ -76,3 +76,12 @@ def test_the_inverse_model_learns_the_mean_action_between_the_frames_it_sees(lab
     (video,) = (episode.frames[c.name][:] for c in draw.spec.cameras)
     (seen,) = moment.observation.images.values()
     assert torch.equal(seen[0], torch.cat([video[3], video[5]]))
+
+
+def test_strides_that_leave_nothing_to_learn_or_to_send_are_refused(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    for stage in (("policy",), ("scorer",), ("probe", "--target", "action")):
+        said = worldline("train", *stage, "--data", lab.data, "--stride", 11, "--out", tmp_path / "out", *SHORT)
+        assert said.code == 2 and "more than 11 frames required for stride 11" in said.err
+    said = worldline("train", "policy", "--data", lab.data, "--stride", 5, "--out", tmp_path / "out", *SHORT)
+    assert said.code == 2 and "chunks of at least 10 actions" in said.err and "got 8" in said.err
+    assert not (tmp_path / "out").exists()

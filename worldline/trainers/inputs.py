@@ -54,6 +54,8 @@ def open_datasets(
         if chosen:
             require_match(dataset.spec, chosen[0].dataset.spec, between=f"datasets {root} and {chosen[0].dataset.root}")
         episodes = dataset.split(split)[:max_episodes]
+        if stride > 1 and max(dataset.length(i) for i in episodes) <= stride:
+            raise DatasetError(f"{root}: episodes of more than {stride} frames required for stride {stride}, got none.")
         chosen.append(Selection(dataset=dataset, episodes=tuple(episodes), store=FrameStore(dataset), stride=stride))
     return chosen
 

@@ -133,6 +133,11 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
         held_out = SampleDraw(others, chunks(settings.chunk))
     except DatasetError:
         held_out = None  # a small dataset may hold no held-out demonstration; then nothing is reported
+    if settings.chunk < picked[0].spec.control_steps:
+        raise DatasetError(
+            f"chunks of at least {picked[0].spec.control_steps} actions (control steps times stride) are required, got "
+            f"{settings.chunk}: use --policy.chunk {picked[0].spec.control_steps} or a smaller --stride."
+        )
     claim_output(
         config.out, "policy", config, identity=("data", "kind", "episodes", "demonstrations", "stride", "policy")
     )

@@ -67,6 +67,10 @@ class MakeResults:
     shared_tokenizer: Path | None = None
     """Use this tokenizer for every task and train none."""
 
+    def __post_init__(self) -> None:
+        if self.mistaken and not self.contact:
+            raise ValueError("--mistaken belongs to the second stage: --contact is required too, got 0")
+
 
 def steps(config: MakeResults, base: int) -> int:
     return max(20, int(base * config.budget))

@@ -2,7 +2,7 @@
 # Fresh machine: sets everything up, then runs the main job on a small budget: record robot video, train a world model on
 # it, rank policies by imagined rollouts, and hold the ranking against the simulator.
 #   ./scripts/quickstart.sh                      about 22 minutes on 2 cores after installation
-#   ./scripts/quickstart.sh --budget smallest    a few minutes: everything runs, nothing is good
+#   ./scripts/quickstart.sh --budget smallest    under 15 minutes: everything runs, nothing is good
 #   ./scripts/quickstart.sh --budget hours       the same, trained longer
 #   --task TASK (drawer-open-v3)   --out DIR (quickstart-TASK)   --seed N
 # Interrupted? Run the same command again: it goes on.

@@ -331,14 +331,13 @@ class ScorePolicy(Policy, Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Reward and success probability, frame by frame. `window` frames are looked at; `name` goes into provenance."""
+    """Reward and success probability by frame, from `window` frames at the rate of `spec`; `name` is for provenance."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def spec(self) -> WorldSpec:
-        """The cameras it looks at, and how far apart (`control_steps`) it expects their frames."""
+    def spec(self) -> WorldSpec: ...
 
     @property
     def window(self) -> int: ...

@@ -30,7 +30,7 @@ class Record:
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
     policy: str | None = None
-    """mixed (experts, perturbed experts, random, play), one of its parts, a policy folder, module:function, ws://host:port.
+    """mixed (experts, perturbed experts, random, play), contact (between success and failure), one of their causes, a policy folder, module:function, ws://host:port.
     By default mixed in Meta-World, random in other simulators, which have no experts."""
     cameras: tuple[str, ...] = ()
     """Views to record; the world's own by default (Meta-World: corner2 gripperPOV)."""

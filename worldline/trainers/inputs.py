@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from worldline.checkpoint import load_config, read_json, to_json, write_json
+from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
 from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, strided
 from worldline.errors import CheckpointError, DatasetError
 from worldline.tokenizers import Tokenizer
@@ -45,7 +45,8 @@ def open_datasets(
     max_episodes: int | None = None,
     stride: int = 1,
 ) -> list[Selection]:
-    """Open datasets of one spec. Raises `SpecMismatch` where two differ, `DatasetError` for an empty split."""
+    """Open datasets of one spec. Raises `SpecMismatch` where two differ, `DatasetError` for an empty split
+    or episodes shorter than a stride."""
     if not roots:
         raise DatasetError("at least one dataset folder is required after --data, got none")
     chosen = []
@@ -73,6 +74,7 @@ def data_provenance(
         "dataset_fingerprints": [s.dataset.fingerprint for s in selections],
     }
     if init_from is not None:
+        init_from = resolve(init_from)
         earlier = load_config(init_from, part=part)["provenance"]
         named = earlier.get("data", [])
         seen = [

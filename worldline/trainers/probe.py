@@ -87,9 +87,8 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
         names = dataset.spec.action.names
 
         def actions(episode: Episode) -> tuple[Tensor, Tensor]:
-            means = (
-                episode.actions.mean(1).unfold(0, config.stride, 1).mean(-1)
-            )  # of the blocks between two frames seen
+            # the mean over all blocks between the two frames seen
+            means = episode.actions.mean(1).unfold(0, config.stride, 1).mean(-1)
             return torch.arange(config.stride, len(episode)), means
 
         return actions, names, 2

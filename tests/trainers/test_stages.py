@@ -86,6 +86,16 @@ def test_the_published_world_model_is_self_contained(dreamer, patches):
     assert facts(dreamer, "world-model")["weights"] == sum(p.numel() for p in model.parameters())
 
 
+def test_training_goes_on_from_other_weights_by_its_own_settings(dots, patches, dreamer, tmp_path):
+    asked = AutoregressiveConfig(network=dataclasses.replace(NETWORK, width=96), pose_weight=3.0, solver_steps=2)
+    config = dataclasses.replace(
+        world_model_config(dots, patches, tmp_path / "then", init_from=dreamer, loop=loop(1)), model=asked
+    )
+    then, before = load_world_model(world_model.run(config, progress=False))[0], load_world_model(dreamer)[0]
+    assert then.config == dataclasses.replace(asked, network=before.config.network)
+    assert then.action_normalizer.to_dict() == before.action_normalizer.to_dict()
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, patches, tmp_path, monkeypatch):
     options = {"loop": loop(6, batch_size=4, save_every=2, eval_every=6, optimizer=optimizer)}

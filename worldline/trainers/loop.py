@@ -207,7 +207,8 @@ def train(stage: Stage, config: LoopConfig, out: Path, *, provenance: Mapping[st
                 first = {k: f"{v:.3g}" for k, v in list(metrics.items())[:2]}
                 bar.set_postfix({"loss": f"{float(running):.4f}"} | first)
                 for name, value in {"loss": loss.detach(), "gradient_norm": norm or 0, **shown}.items():
-                    writer.add_scalar(f"train/{name}", float(value), step)
+                    if not math.isnan(value):  # a metric that this batch had nothing for; loss and gradient are checked
+                        writer.add_scalar(f"train/{name}", float(value), step)
         accelerator.wait_for_everyone()  # the checkpoint is complete when any process returns
     except KeyboardInterrupt:
         if whole:  # else a second Ctrl-C cut a step in two

@@ -39,7 +39,8 @@ class TrainWorldModel:
     """Length of a training clip. Longer than the window, so that the cache's far edge is trained too."""
     model: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     init_from: Path | None = None
-    """Start from the weights of another world model of the same shape (its normalisation is kept)."""
+    """Start from the weights of another world model of the same spec. Its network's sizes and its normalisation are kept,
+    everything else is as said here."""
     max_episodes: int | None = None
     """Use only the first so many training episodes of each dataset."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -150,6 +151,7 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     batches = LatentBatches(training, tokenizer, **options)
     if config.init_from:
         model = AutoregressiveWorldModel.from_pretrained(config.init_from)
+        model.config = replace(config.model, network=model.config.network)
         if model.spec != batches.spec:
             raise SpecMismatch(
                 f"--init-from {config.init_from}: a world model of the same spec and tokenizer is required"

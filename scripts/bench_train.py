@@ -225,7 +225,7 @@ def measure_reference(repeats: int, compile: bool) -> dict[str, float]:
     mask = banded_causal_mask(8, 8, device)
 
     def forward() -> Tensor:
-        latents, poses = model.network(frames, mask)
+        latents, poses, _ = model.network(frames, mask)
         return (latents["camera0"] - z).square().mean() + (poses - pose).square().mean()
 
     def stream() -> None:

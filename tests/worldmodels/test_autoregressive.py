@@ -9,6 +9,7 @@ from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, locate
 from worldline.data.normalization import RobustNormalizer
 from worldline.diffusion import LevelDistribution, solver_levels
 from worldline.errors import CheckpointError, SpecMismatch
+from worldline.tokenizers.whitening import whiten
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 from worldline.worldmodels.transformer import FrameBatch, banded_causal_mask, teacher_forcing_mask
 
@@ -55,7 +56,7 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
         time=torch.arange(t),
     )
     with torch.no_grad():
-        out, pose = model.network(batch, banded_causal_mask(t, model.config.network.window))
+        out, pose, _ = model.network(batch, banded_causal_mask(t, model.config.network.window))
     return out["top"], pose
 
 
@@ -100,7 +101,7 @@ def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
         time=torch.cat([torch.arange(t - 1), torch.arange(1, t)]),
     )
     with torch.no_grad():
-        trained, _ = model.network(batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
+        trained, _, _ = model.network(batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
     for i in range(1, t):
         state = model.observe(
             replace(
@@ -214,6 +215,73 @@ def test_a_small_model_learns_the_dot_world_and_follows_its_actions():
     assert true < 0.5 * position_error(blind, clip.actions)
     _, dream = model.imagine(model.observe(first), clip.actions, seeds=torch.arange(64))
     assert (dream.poses - clip.poses[:, 1:]).abs().mean() < 0.05
+
+
+# --- two views of the dot world: the second one mirrored -------------------------------------------------------------------
+
+TWO_VIEWS = replace(SPEC, cameras=(*SPEC.cameras, replace(SPEC.cameras[0], name="side")))
+
+
+def two_view_model(**network) -> AutoregressiveWorldModel:
+    torch.manual_seed(0)
+    latent = dot_tokenizer().latent_spec
+    both = {field: dict(getattr(latent, field)) for field in ("shapes", "mean", "std")}
+    for views in both.values():
+        views["side"] = views["top"]
+    clip = dot_clip(64, 4, 5)
+    return AutoregressiveWorldModel(
+        AutoregressiveConfig(network=TransformerConfig(width=48, depth=2, heads=2, window=4, patch=2, **network)),
+        replace(TWO_VIEWS, latent=replace(latent, **both)),
+        action_normalizer=RobustNormalizer.fit(clip.actions),
+        pose_normalizer=RobustNormalizer.fit(clip.poses),
+    )
+
+
+def two_view_clip(batch: int, frames: int, seed: int):
+    clip = dot_clip(batch, frames, seed)
+    views = {"top": clip.frames["top"], "side": clip.frames["top"].flip(-1)}
+    return replace(clip, frames={c: dot_tokenizer().encode({"top": v})["top"] for c, v in views.items()})
+
+
+def test_a_view_is_guessed_without_its_own_history():
+    model = scrambled(two_view_model())
+    clip = two_view_clip(3, 5, 0)
+    guesses = []
+    for hidden in (None, "side"):
+        frames, poses, actions = model._network_units(clip)
+        if hidden:
+            frames[hidden] = torch.randn_like(frames[hidden])
+        batch = FrameBatch(
+            latents=frames,
+            previous=frames,
+            pose=poses,
+            previous_pose=poses,
+            level=torch.zeros(3, 5),
+            action=torch.cat([actions, actions[:, :1]], 1),
+            has_action=torch.ones(3, 5, dtype=torch.bool),
+            time=torch.arange(5),
+        )
+        guesses.append(model.network.guess_views(batch))
+    assert torch.equal(guesses[0]["side"], guesses[1]["side"])
+    assert not torch.allclose(guesses[0]["top"], guesses[1]["top"])
+
+
+def test_guesses_are_learned_and_can_be_left_out():
+    model = two_view_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(70):
+        loss, _ = model.loss(two_view_clip(32, 5, 1000 + step), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    clip = two_view_clip(128, 5, 5)
+    _, metrics = model.loss(clip, generator)
+    for camera, z in whiten(clip.frames, model.latent_spec).items():
+        mean_frame_error = z.var(0).mean()
+        assert float(metrics[f"guess_error/{camera}"]) < 0.5 * float(mean_frame_error)
+    _, without = two_view_model(guess_width=0).loss(clip, generator)
+    assert not any(name.startswith("guess") for name in without)
 
 
 def test_checkpoint_round_trip_and_damage(model, tmp_path):

@@ -5,12 +5,15 @@
 - Time attention takes any (query frame, key frame) mask, so one network serves the banded causal pass, the doubled pass
   of training (clean history beside noisy targets) and streaming with a cache.
 - Level and action block reach every block through adaptive normalisation, computed once a frame (DiT, 2212.09748).
+- Each view is also guessed from the others alone, by dense layers (`ViewGuess`), and the guess is an input: what comes into
+  one camera's sight has long been in another's.
 - It predicts the change from the previous frame: with zero-initialised outputs an untrained network is exactly the
   copy-last-frame predictor.
 
 The network knows nothing of noise schedules, tokenizers or normalisation.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +26,10 @@ from torch import Tensor, nn
 from worldline.errors import SpecMismatch
 from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
 
+# Of the tokens' learned places at the start. Tokens are of size one: from the usual 0.02 trained models had grown theirs to
+# 0.2, and from 0.5 the same steps give a better dream (docs/log.md).
+PLACE_STD = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
@@ -34,13 +41,14 @@ class TransformerConfig:
     window: int = 8
     patch: int = 2  # latent cells along one side of a token
     mlp_ratio: float = 4.0
+    guess_width: int = 256  # of the network that guesses each view from the others and the pose; 0: none
     actions: bool = True  # False: the action-free predictor, a baseline that every world model must beat
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width must be heads times an even number, got width={self.width}, heads={self.heads}")
-        if min(self.width, self.depth, self.window, self.patch) < 1:
-            raise ValueError(f"width, depth, window and patch must be at least 1, got {self}")
+        if min(self.width, self.depth, self.window, self.patch) < 1 or self.guess_width < 0:
+            raise ValueError(f"width, depth, window and patch must be at least 1, guess_width at least 0, got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,36 @@ class Block(nn.Module):
         return self.time_out(rearrange(attended, "b (s h) l d -> b l s (h d)", h=self.time.heads))
 
 
+class ViewGuess(nn.Module):
+    """Guesses each camera's latents from what the *others* showed in the frame before, the pose there and the action.
+
+    Attention over tokens does not learn within our budgets what one view tells of another: nearly always a camera's own
+    history says more. Dense layers over whole latents learn it in minutes when they are denied that history; their guess
+    is then one more input of the transformer, and has a loss of its own.
+    """
+
+    def __init__(
+        self, width: int, shapes: Mapping[str, tuple[int, int, int]], keys: Mapping[str, str], known: int
+    ) -> None:
+        super().__init__()
+        self.shapes, self.keys = dict(shapes), dict(keys)
+        sizes = {camera: math.prod(shape) for camera, shape in shapes.items()}
+        self.nets = nn.ModuleDict()
+        for camera, size in sizes.items():
+            seen = sum(sizes.values()) - size + known
+            self.nets[keys[camera]] = nn.Sequential(
+                *(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, size))
+            )
+
+    def forward(self, previous: Mapping[str, Tensor], known: Tensor) -> dict[str, Tensor]:
+        """`known` "b l n": pose and action. Returns camera -> "b l c h w"."""
+        guesses = {}
+        for camera, key in self.keys.items():
+            others = [previous[c].flatten(2) for c in self.keys if c != camera]
+            guesses[camera] = self.nets[key](torch.cat([*others, known], dim=-1)).unflatten(-1, self.shapes[camera])
+        return guesses
+
+
 class SpaceTimeTransformer(nn.Module):
     """Predicts the clean latents and pose of each frame.
 
@@ -109,7 +147,11 @@ class SpaceTimeTransformer(nn.Module):
         # nn.ModuleDict keys may not hold dots; cameras may
         self.keys = {camera: camera.replace(".", "_") for camera in shapes}
         channels = {self.keys[camera]: c * p * p for camera, (c, _, _) in shapes.items()}
-        self.embed = nn.ModuleDict({key: nn.Linear(2 * c, width) for key, c in channels.items()})
+        self.guess = (
+            ViewGuess(config.guess_width, shapes, self.keys, pose_dim + action_dim) if config.guess_width else None
+        )
+        inputs = 3 if config.guess_width else 2  # the noisy frame, the one before, the guess
+        self.embed = nn.ModuleDict({key: nn.Linear(inputs * c, width) for key, c in channels.items()})
         self.place = nn.ParameterDict(
             {self.keys[camera]: nn.Parameter(torch.empty(n, width)) for camera, n in self.tokens.items()}
         )
@@ -124,7 +166,7 @@ class SpaceTimeTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers: Xavier uniform, biases 0; token places: normal(0, 0.02); but for two things.
+        """Linear layers: Xavier uniform, biases 0; token places: normal(0, 0.5); but for two things.
 
         Gates start at 1: blocks work from the first step. Both output heads start at 0: the untrained network is
         copy-last-frame. (After 150 steps on the dot world the one-step error was .44 with normal(0, 0.02) and DiT's zero
@@ -135,7 +177,7 @@ class SpaceTimeTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for place in self.place.values():
-            nn.init.normal_(place, std=0.02)
+            nn.init.normal_(place, std=PLACE_STD)
         for block in self._blocks():
             for gate in (2, 5, 8):  # of shift, scale, gate for space attention, time attention, MLP
                 nn.init.ones_(block.modulation.bias[gate * self.config.width : (gate + 1) * self.config.width])
@@ -150,13 +192,24 @@ class SpaceTimeTransformer(nn.Module):
         for block in self.blocks:
             yield cast(Block, block)  # a ModuleList says only that it holds modules
 
-    def embed_frames(self, frames: FrameBatch) -> tuple[Tensor, Tensor]:
+    def guess_views(self, frames: FrameBatch) -> dict[str, Tensor]:
+        """Camera -> "b l c h w", each camera guessed without its own history; empty without the guessing network."""
+        if self.guess is None:
+            return {}
+        action = (
+            frames.action * frames.has_action[..., None] if self.config.actions else torch.zeros_like(frames.action)
+        )
+        return self.guess(frames.previous, torch.cat([frames.previous_pose, action], dim=-1))
+
+    def embed_frames(self, frames: FrameBatch, guesses: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Tokens "b l s d" and the conditioning vector of each frame "b l d"."""
         p = self.config.patch
         parts = []
         for camera, key in self.keys.items():
-            pair = torch.cat([frames.latents[camera], frames.previous[camera]], dim=2)
-            patches = rearrange(pair, "b l c (h p) (w q) -> b l (h w) (c p q)", p=p, q=p)
+            inputs = [frames.latents[camera], frames.previous[camera]]
+            if guesses:
+                inputs.append(guesses[camera].detach())  # it learns by its own loss alone
+            patches = rearrange(torch.cat(inputs, dim=2), "b l c (h p) (w q) -> b l (h w) (c p q)", p=p, q=p)
             parts.append(self.embed[key](patches) + self.place[key])
         action = self.embed_action(frames.action) if self.config.actions else self.no_action
         action = torch.where(frames.has_action[..., None], action, self.no_action)
@@ -176,19 +229,23 @@ class SpaceTimeTransformer(nn.Module):
             latents[camera] = frames.previous[camera] + change
         return latents, frames.previous_pose + self.unembed_pose(x[:, :, -1])
 
-    def forward(self, frames: FrameBatch, mask: Tensor, keep: slice | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """All frames at once. `mask` "l l" is True where a query frame (row) may look at a key frame (column).
+    def forward(
+        self, frames: FrameBatch, mask: Tensor, keep: slice = slice(None)
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """All frames at once: latents, poses, and the guesses they were helped by.
 
-        `keep`: the frames whose predictions are wanted (default all).
+        Args:
+            mask: "l l", True where a query frame (row) may look at a key frame (column).
+            keep: the frames whose predictions are wanted.
         """
-        x, condition = self.embed_frames(frames)
+        guesses = self.guess_views(frames)
+        x, condition = self.embed_frames(frames, guesses)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         for block in self._blocks():
             x = _apply(block, x, condition, lambda y, b: _masked(b, y, turn, mask))
-        if keep is not None:
-            x, condition = x[:, keep], condition[:, keep]
-            frames = FrameBatch(**{name: _keep(getattr(frames, name), keep) for name in FrameBatch.__slots__})
-        return self.head(x, condition, frames)
+        frames = FrameBatch(**{name: _keep(getattr(frames, name), keep) for name in FrameBatch.__slots__})
+        latents, pose = self.head(x[:, keep], condition[:, keep], frames)
+        return latents, pose, _keep(guesses, keep)
 
     def stream(
         self, frames: FrameBatch, cache: Tensor, slot: Tensor, visible: Tensor
@@ -200,7 +257,7 @@ class SpaceTimeTransformer(nn.Module):
             slot: "n", the ring position of this frame in each row.
             visible: "n window", which ring positions each row may attend to (its own included).
         """
-        x, condition = self.embed_frames(frames)
+        x, condition = self.embed_frames(frames, self.guess_views(frames))
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         rows = torch.arange(len(x), device=x.device)
         for i, block in enumerate(self._blocks()):

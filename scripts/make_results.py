@@ -32,7 +32,6 @@ POLICIES: dict[str, tuple[Literal["bc", "diffusion"], int, int, int]] = {
     "bc3": ("bc", 3, 60, 3),
     "dp5": ("diffusion", 5, 150, 5),
 }
-CONTACT_STEPS = 2000  # of the second stage
 CORRUPTED = ("bc50@noise=0.8", "dp50@noise=1.5,lag=8")
 
 
@@ -52,11 +51,10 @@ class MakeResults:
     """Episodes recorded for evaluation and the replay diagnostic alone, from other starts."""
     episodes: int = 50
     imagined_episodes: int = 100
-    contact: int = 0
-    """Also the second stage, each seed's world model trained on with so many episodes of the blend `contact` beside the
-    first data, and ranked again with a scorer of all."""
-    mistaken: int = 0
-    """Episodes of the cause `mistaken` in the second stage's data."""
+    contact: int = 240
+    """World models and scorers also learn from so many episodes of the blend `contact` (0: none)."""
+    mistaken: int = 240
+    """And from so many of the cause `mistaken`."""
     evaluate: bool = True
     """The world-model table too, which needs two probes a task; without it rankings alone."""
     action_free: bool = True
@@ -66,10 +64,6 @@ class MakeResults:
     shows how much a ranking flatters a model that has seen its policies."""
     shared_tokenizer: Path | None = None
     """Use this tokenizer for every task and train none."""
-
-    def __post_init__(self) -> None:
-        if self.mistaken and not self.contact:
-            raise ValueError("--mistaken belongs to the second stage: --contact is required too, got 0")
 
 
 def steps(config: MakeResults, base: int) -> int:
@@ -102,23 +96,37 @@ def prepare(config: MakeResults, task: str) -> Path:
         if count and not (home / name / "meta" / "info.json").is_file():
             run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed, policy=blend))
     tiny = tokenizer.PRESETS["tiny"][1]["loop"]
-    data = (home / "data",)
     if config.shared_tokenizer is None:
         train(
-            tokenizer, tokenizer.TrainTokenizer(data=data, out=home / "tok", loop=loop(tiny, steps=steps(config, 700)))
+            tokenizer,
+            tokenizer.TrainTokenizer(
+                data=data_of(config, home), out=home / "tok", loop=loop(tiny, steps=steps(config, 700))
+            ),
         )
     short = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99)
     for target in ("object", "action") if config.evaluate else ():
         train(
             probe,
             probe.TrainProbe(
-                data=data, out=home / f"probe-{target}", target=target, tokenizer=tokenizer_of(config, home), loop=short
+                data=(home / "data",),
+                out=home / f"probe-{target}",
+                target=target,
+                tokenizer=tokenizer_of(config, home),
+                loop=short,
             ),
         )
     for name, (kind, count, length, seed) in POLICIES.items():
         settings = LoopConfig(steps=length, batch_size=64, lr=1e-3, seed=seed)
-        train(policy, policy.TrainPolicy(data=data, out=home / name, kind=kind, episodes=count, loop=settings))
+        train(
+            policy, policy.TrainPolicy(data=(home / "data",), out=home / name, kind=kind, episodes=count, loop=settings)
+        )
     return home
+
+
+def data_of(config: MakeResults, home: Path) -> tuple[Path, ...]:
+    """What world models and scorers learn from. Policies and probes learn from the blend `mixed` alone."""
+    extra = {"contact": config.contact, "mistaken": config.mistaken}
+    return (home / "data", *(home / name for name, count in extra.items() if count))
 
 
 def tokenizer_of(config: MakeResults, home: Path) -> Path:
@@ -134,38 +142,23 @@ class Judge:
     ranking: Path
 
 
-def train_world_model(
-    config: MakeResults,
-    out: Path,
-    seed: int,
-    data: tuple[Path, ...],
-    *,
-    init_from: Path | None = None,
-    base: int = 3000,
-    **network: Any,
-) -> Path:
+def train_world_model(config: MakeResults, out: Path, seed: int, data: tuple[Path, ...], **network: Any) -> Path:
     tiny = world_model.PRESETS["tiny"][1]
     made = world_model.TrainWorldModel(
         data=data,
         tokenizer=tokenizer_of(config, out.parent),
         out=out,
-        init_from=init_from,
         model=replace(tiny["model"], network=replace(tiny["model"].network, **network)),
-        loop=loop(tiny["loop"], steps=steps(config, base), seed=seed),
+        loop=loop(tiny["loop"], steps=steps(config, tiny["loop"].steps), seed=seed),
     )
     return train(world_model, made)
 
 
-def train_judge(
-    config: MakeResults, home: Path, seed: int, data: tuple[Path, ...], suffix: str = "", **model: Any
-) -> Judge:
+def train_judge(config: MakeResults, home: Path, seed: int) -> Judge:
     """A world model and a scorer from the same data."""
-    judge = Judge(
-        model=home / f"wm{suffix}{seed}",
-        scorer=home / f"scorer{suffix}{seed}",
-        ranking=home / f"rank{suffix}{seed}",
-    )
-    train_world_model(config, judge.model, seed, data, **model)
+    judge = Judge(model=home / f"wm{seed}", scorer=home / f"scorer{seed}", ranking=home / f"rank{seed}")
+    data = data_of(config, home)
+    train_world_model(config, judge.model, seed, data)
     settings = LoopConfig(steps=steps(config, 400), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
     train(
         scorer,
@@ -198,24 +191,16 @@ def rank(config: MakeResults, home: Path, task: str, judge: Judge) -> dict[str, 
 
 def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Train one world model and scorer, evaluate, rank. Returns both reports' results."""
-    judge = train_judge(config, home, seed, (home / "data",))
+    judge = train_judge(config, home, seed)
     evaluated = evaluate(config, home, seed, judge) if config.evaluate else None
     return evaluated, rank(config, home, task, judge)
-
-
-def run_seed_on_contact(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
-    """The second stage: the seed's world model trained on with episodes that lie between success and failure."""
-    data = (home / "data", home / "contact", *([home / "mistaken"] if config.mistaken else ()))
-    suffix = "-contact-mistaken" if config.mistaken else "-contact"
-    judge = train_judge(config, home, seed, data, suffix, init_from=home / f"wm{seed}", base=CONTACT_STEPS)
-    return rank(config, home, task, judge)
 
 
 def evaluate(config: MakeResults, home: Path, seed: int, judge: Judge) -> dict[str, Any]:
     """Against the trivial predictors on the test episodes; the action-free one, trained as long, for the first seed."""
     free = None
     if config.action_free and seed == 0:
-        free = train_world_model(config, home / "wm-action-free", seed, (home / "data",), actions=False)
+        free = train_world_model(config, home / "wm-action-free", seed, data_of(config, home), actions=False)
     evaluation = Evaluate(
         world_model=judge.model,
         data=home / "test",
@@ -232,7 +217,7 @@ def evaluate(config: MakeResults, home: Path, seed: int, judge: Judge) -> dict[s
 
 def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:
     """The ranking by a world model that has seen rollouts of the policies it ranks."""
-    data = [home / "data"]
+    data = list(data_of(config, home))
     for name in (*POLICIES, *CORRUPTED):
         data.append(home / "ranked" / name.replace("@", "-").replace(",", "-"))
         if not (data[-1] / "meta" / "info.json").is_file():
@@ -291,7 +276,7 @@ def main(config: MakeResults) -> None:
         "| task | seed | policies | r | policy 95% | rollout 95% | r, one a lineage | ρ | MMRV | perfect model's MMRV | bias | regret | r corrected |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ranks, contact, seen = list(heads), list(heads), list(heads)
+    ranks, seen = list(heads), list(heads)
     for task in config.tasks:
         home = prepare(config, task)
         for seed in range(config.seeds):
@@ -303,17 +288,12 @@ def main(config: MakeResults) -> None:
                 if r["horizon"] in HORIZONS
             ]
             ranks.append(ranking_row(task, seed, ranked))
-            if config.contact:
-                contact.append(ranking_row(task, seed, run_seed_on_contact(config, home, task, seed)))
             if config.ranked_rollouts:
                 seen.append(ranking_row(task, seed, run_seed_with_ranked(config, home, task, seed)))
     text = "\n".join(["World models", "", *lines, "", "Rankings", "", *ranks, ""])
-    for count, rows, title in (
-        (config.contact, contact, f"after the second stage, with {config.contact} episodes of the blend contact"),
-        (config.ranked_rollouts, seen, f"that also saw {config.ranked_rollouts} rollouts of every ranked policy"),
-    ):
-        if count:
-            text += "\n".join(["", f"Rankings by world models {title}", "", *rows, ""])
+    if config.ranked_rollouts:
+        title = f"Rankings by world models that also saw {config.ranked_rollouts} rollouts of every ranked policy"
+        text += "\n".join(["", title, "", *seen, ""])
     (config.out / "tables.md").write_text(text)
     print(text)
 

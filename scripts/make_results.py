@@ -76,8 +76,13 @@ def loop(preset: Any, **changes: Any) -> LoopConfig:
 
 def train(module: Any, config: Any) -> Path:
     """Run a stage unless it has run to its end."""
-    path = config.out / "config.json"
+    path, claim = config.out / "config.json", config.out / "training" / "run.json"
     if path.is_file() and json.loads(path.read_text())["provenance"].get("steps") == config.loop.steps:
+        learned = json.loads(claim.read_text())["config"]["data"]
+        if learned != [str(folder) for folder in config.data]:
+            raise SystemExit(
+                f"{config.out} learned from {learned}, now {list(map(str, config.data))}: use another --out"
+            )
         return config.out
     print(f"training {config.out}", flush=True)
     return module.run(config)

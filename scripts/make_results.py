@@ -48,7 +48,7 @@ class MakeResults:
     demos: int = 240
     """Recorded episodes a task."""
     tests: int = 60
-    """Episodes recorded for evaluation and the replay diagnostic alone, from other starts."""
+    """Episodes of every kind recorded for evaluation (`mixed`) and the replay diagnostic (all) alone, from other starts."""
     episodes: int = 50
     imagined_episodes: int = 100
     contact: int = 240
@@ -94,6 +94,8 @@ def prepare(config: MakeResults, task: str) -> Path:
     recordings = (
         ("data", config.demos, 0, "mixed"),
         ("test", config.tests, 1, "mixed"),
+        ("test-contact", config.tests if config.contact else 0, 5, "contact"),
+        ("test-mistaken", config.tests if config.mistaken else 0, 6, "mistaken"),
         ("contact", config.contact, 3, "contact"),
         ("mistaken", config.mistaken, 4, "mistaken"),
     )
@@ -132,6 +134,12 @@ def data_of(config: MakeResults, home: Path) -> tuple[Path, ...]:
     """What world models and scorers learn from. Policies and probes learn from the blend `mixed` alone."""
     extra = {"contact": config.contact, "mistaken": config.mistaken}
     return (home / "data", *(home / name for name, count in extra.items() if count))
+
+
+def tests_of(config: MakeResults, home: Path) -> tuple[Path, ...]:
+    """Replays of episodes of every kind the world model learned from: they set the ranking's threshold."""
+    extra = {"test-contact": config.contact, "test-mistaken": config.mistaken}
+    return (home / "test", *(home / name for name, count in extra.items() if count))
 
 
 def tokenizer_of(config: MakeResults, home: Path) -> Path:
@@ -184,7 +192,7 @@ def rank(config: MakeResults, home: Path, task: str, judge: Judge) -> dict[str, 
             scorer=judge.scorer,
             policies=tuple(str(home / name) for name in (*POLICIES, *CORRUPTED)),
             truth=f"metaworld/{task}",
-            data=home / "test",
+            data=tests_of(config, home),
             replays="all",
             episodes=config.episodes,
             imagined_episodes=config.imagined_episodes,

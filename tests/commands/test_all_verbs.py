@@ -7,19 +7,19 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.commands.conftest import HORIZON, Lab, Run
+from tests.commands.conftest import HORIZON, Lab, Run, record
 from tests.commands.dots import WORLD
 from worldline.commands import ranking
 from worldline.data import LeRobotDataset
 from worldline.eval.report import REPORT_KEYS
 
 
-def results(out: Path) -> dict:
+def results(out: Path, *, videos: bool = True) -> dict:
     report = json.loads((out / "report.json").read_text())
     assert tuple(report) == REPORT_KEYS
     page = (out / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "the page fetches something"
-    assert "data:video/mp4" in page
+    assert ("data:video/mp4" in page) == videos
     return report["results"]
 
 
@@ -100,6 +100,36 @@ def test_rank_from_held_out_frames_and_again_with_one_more(
     config.write_text(config.read_text() + "\n")
     assert worldline(*common, lab.bc, lab.other).code == 0
     assert len(imagined) == 6
+
+
+def test_replays_of_several_datasets_set_the_threshold(
+    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "more", 16, "--seed", 5)
+    replayed: list[int] = []
+    whole = ranking.imagine_replays
+
+    def spy(dream, scorer, replays, **options):
+        replayed.append(len(replays.episodes))
+        return whole(dream, scorer, replays, **options)
+
+    monkeypatch.setattr(ranking, "imagine_replays", spy)
+    out = tmp_path / "rank"
+    common = ["rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--out", out, "--policies", lab.bc, lab.other]
+    common += ["--imagined-episodes", 4, "--videos", 0, "--replays", "all", "--data"]
+    assert worldline(*common, lab.data).code == 0
+    assert worldline(*common, lab.data, tmp_path / "more").code == 0
+    assert replayed[1] == replayed[0] + 16
+    found = results(out, videos=False)
+    diagnostic = found["replay_diagnostic"]
+    assert diagnostic["calibration"]["episodes"] == replayed[1]
+    between = diagnostic["threshold_interval"]
+    assert between["low"] <= diagnostic["threshold"] <= between["high"]
+    for row in found["policies"]:
+        span = row["imagined_by_threshold"]
+        assert span["low"] <= row["imagined"] <= span["high"]
+    assert worldline(*common, lab.data, tmp_path / "more").code == 0
+    assert len(replayed) == 2, "kept replays were imagined again"
 
 
 def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imagined: list[str]) -> None:

@@ -16,7 +16,7 @@ NETWORK = ("--model.network.width", 32, "--model.network.depth", 1, "--model.net
 
 
 def shared(lab: Lab, model: Path, **changes: object) -> list[str]:
-    options: dict[str, object] = {"world_model": model, "scorer": lab.scorer, "calibration": None, "truth": None}
+    options: dict[str, object] = {"world_model": model, "scorer": lab.scorer, "calibration": (), "truth": None}
     return shared_with_training([str(lab.bc)], **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
@@ -30,7 +30,7 @@ def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_policies_nobody_saw_are_not_mentioned(lab: Lab) -> None:
     assert shared(lab, lab.wm) == []
-    assert shared(lab, lab.wm, calibration=lab.data) == []
+    assert shared(lab, lab.wm, calibration=[lab.data]) == []
 
 
 def test_true_starts_in_the_training_data_are_told(lab: Lab) -> None:
@@ -42,10 +42,12 @@ def test_true_starts_in_the_training_data_are_told(lab: Lab) -> None:
 def test_a_threshold_chosen_on_rollouts_of_the_ranked_policy_is_told(
     lab: Lab, seen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (said,) = shared(lab, lab.wm, calibration=seen)
+    (said,) = shared(lab, lab.wm, calibration=[seen])
     assert "flatters itself" in said and "threshold" in said
     monkeypatch.chdir(lab.root)  # under another name
-    (said,) = shared_with_training(["bc@noise=1"], world_model=lab.wm, scorer=lab.scorer, calibration=seen, truth=None)
+    (said,) = shared_with_training(
+        ["bc@noise=1"], world_model=lab.wm, scorer=lab.scorer, calibration=[seen], truth=None
+    )
     assert "flatters itself" in said
 
 

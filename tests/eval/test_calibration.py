@@ -1,12 +1,19 @@
 """Scorer calibration against counts done by hand."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from worldline.errors import WorldlineError
-from worldline.eval import best_threshold, reliability_diagram, scorer_calibration
+from worldline.eval import (
+    platt,
+    reliability_diagram,
+    scorer_calibration,
+    success_threshold,
+    threshold_interval,
+)
 
 P = torch.tensor([0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
 Y = torch.tensor([False, False, True, False, True, True])
@@ -29,17 +36,56 @@ def test_perfect_separation() -> None:
     y = torch.tensor([False, False, True, True])
     found = scorer_calibration(p, y)
     assert found.auroc == 1 and found.balanced_accuracy == 1
-    assert found.threshold == pytest.approx(0.45) and found.threshold_chosen_here
+    assert 0.1 < found.threshold < 0.8 and found.threshold_chosen_here
     assert any("optimistic" in note for note in found.notes)
 
 
-def test_best_threshold_follows_its_criterion() -> None:
-    # Youden: >= 0.25 gives 3/3 - 1/3, >= 0.65 gives 2/3 - 0; equal, so the lower of the two middle ones
-    assert best_threshold(P, Y) == pytest.approx(0.25)
-    rare = torch.tensor([False] * 5 + [True])
-    assert best_threshold(P, rare, criterion="f1") == pytest.approx(0.8)
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_threshold_lies_midway_in_log_odds_and_moves_with_the_scores() -> None:
+    z = torch.tensor([-4.0, -2.5, -1.0, 1.0, 2.5, 4.0], dtype=torch.float64)
+    y = z > 0
+    assert success_threshold(torch.sigmoid(z), y) == pytest.approx(0.5, abs=1e-3)
+    for shift in (-1.5, 2.0):  # a scorer that is too sure either way
+        assert logit(success_threshold(torch.sigmoid(z + shift), y)) == pytest.approx(shift, abs=0.01)
     with pytest.raises(WorldlineError, match="both"):
-        best_threshold(P, torch.ones(6, dtype=torch.bool))
+        success_threshold(P, torch.ones(6, dtype=torch.bool))
+
+
+def test_threshold_does_not_depend_on_how_common_success_is() -> None:
+    rare_p = torch.cat([P, P[~Y].repeat(9)])
+    rare_y = torch.cat([Y, Y[~Y].repeat(9)])
+    assert success_threshold(rare_p, rare_y) == pytest.approx(success_threshold(P, Y), abs=1e-3)
+
+
+def test_no_single_episode_moves_the_threshold_far() -> None:
+    """Scores in two heaps with nothing between them, as scorers give: a best cut would jump across the gap."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.rand(40, generator=generator) * 0.02, 1 - torch.rand(40, generator=generator) * 0.02
+    p, y = torch.cat([low, high]), torch.arange(80) >= 40
+    y = y ^ (torch.arange(80) % 13 == 0)  # some of either kind in the wrong heap
+    whole = logit(success_threshold(p, y))
+    without = [logit(success_threshold(p[torch.arange(80) != i], y[torch.arange(80) != i])) for i in range(80)]
+    assert max(abs(z - whole) for z in without) < 0.5
+
+
+def test_threshold_interval_narrows_with_more_episodes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    y = torch.rand(800, generator=generator) < 0.5
+    p = torch.sigmoid(torch.randn(800, generator=generator) * 2 + torch.where(y, 2.0, -2.0))
+    few, many = threshold_interval(p[:50], y[:50]), threshold_interval(p, y)
+    assert few.width > 2 * many.width  # 16 times the episodes: a quarter of the width
+    assert 0.5 in few and 0.5 in many and success_threshold(p, y) in many
+
+
+def test_platt_recovers_the_curve_that_made_the_outcomes() -> None:
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(20_000, generator=generator) * 3
+    y = torch.rand(20_000, generator=generator) < torch.sigmoid(0.5 * z - 1)
+    slope, offset = platt(z, y)
+    assert slope == pytest.approx(0.5, abs=0.03) and offset == pytest.approx(-1, abs=0.06)
 
 
 def test_calibrated_scorer_has_little_calibration_error() -> None:

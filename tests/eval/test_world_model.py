@@ -1,6 +1,10 @@
 """What the evaluation concludes from its tables."""
 
-from worldline.eval.world_model import worst_gains
+from dataclasses import replace
+
+import torch
+
+from worldline.eval.world_model import Replays, join_replays, worst_gains
 
 
 def row(horizon: int, gain: float, *, half: float = 1.0, camera: str = "rgb", baseline: str = "copy-first") -> dict:
@@ -19,3 +23,30 @@ def test_worst_gains_count_intervals_above_zero_from_the_second_frame_on() -> No
 def test_worst_gains_keep_baselines_apart_and_skip_those_without_later_frames() -> None:
     found = worst_gains([row(2, 5.0), row(2, 1.5, baseline="action-free"), row(1, 1.0, camera="wrist")])
     assert [(r["baseline"], r["above"]) for r in found] == [("copy-first", 1), ("action-free", 1)]
+
+
+def replays(n: int, t: int, states: int = 2) -> Replays:
+    return Replays(
+        episodes=tuple(range(n)),
+        frames={"rgb": torch.randint(256, (n, t, 3, 4, 4), dtype=torch.uint8)},
+        poses=torch.randn(n, t, 3),
+        actions=torch.randn(n, t - 1, 2, 4),
+        instruction=("push",) * n,
+        frame_success=torch.rand(n, t) < 0.5,
+        states=torch.randn(n, t, states),
+        causes=("expert",) * n,
+    )
+
+
+def test_joined_replays_are_cut_to_the_shortest() -> None:
+    long, short = replays(2, 9), replays(3, 6)
+    both = join_replays([long, short])
+    assert both.poses.shape[:2] == (5, 6) and both.actions.shape[:2] == (5, 5) and len(both.causes) == 5
+    assert torch.equal(both.frames["rgb"][0], long.frames["rgb"][0, :6])
+    assert torch.equal(both.first.images["rgb"][2:], short.first.images["rgb"])
+    assert both.frame_success is not None and both.frame_success.shape == (5, 6) and both.states.shape == (5, 6, 2)
+
+
+def test_joined_replays_lose_labels_and_states_that_a_part_lacks() -> None:
+    both = join_replays([replays(2, 5), replace(replays(2, 5, states=0), frame_success=None)])
+    assert both.frame_success is None and both.states.shape == (4, 5, 0)

@@ -13,7 +13,7 @@ from worldline.data import LeRobotDataset, strided
 from worldline.errors import WorldlineError
 from worldline.eval import Report, horizon_curves, video_grid, write_mp4
 from worldline.eval.probes import Probe
-from worldline.eval.ranking import ReplayDiagnostic, replay_diagnostic
+from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic
 from worldline.eval.world_model import HORIZONS, Replays, WorldModelEvaluation, evaluate_world_model, load_replays
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
@@ -158,9 +158,9 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     results = dict(found.results)
     diagnostic = None
     if judges.scorer is not None and replays.frame_success is not None:
-        diagnostic, _ = replay_diagnostic(
-            dream, judges.scorer, replays, seed=config.seed, batch=config.batch, progress=progress
-        )
+        options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}
+        probability = imagine_replays(dream, judges.scorer, replays, **options)
+        diagnostic = replay_diagnostic(judges.scorer, replays, probability)
         results["replay_diagnostic"] = diagnostic.to_dict()
     report = Report(
         f"World model {config.world_model.name}",
@@ -344,6 +344,8 @@ def add_diagnostic(report: Report, diagnostic: ReplayDiagnostic) -> None:
                 c.auroc,
             ]
         )
+    found = diagnostic.threshold_interval
+    between = f" [{found.low:.2g}, {found.high:.2g}]" if found is not None else ""
     report.table(
         "Replay diagnostic: held-out episodes' own actions, scored against their recorded success",
         [
@@ -356,7 +358,7 @@ def add_diagnostic(report: Report, diagnostic: ReplayDiagnostic) -> None:
             "AUROC",
         ],
         rows,
-        note=f"Threshold {diagnostic.threshold:.2g}, from {diagnostic.threshold_from}.",
+        note=f"Threshold {diagnostic.threshold:.2g}{between}, from {diagnostic.threshold_from}.",
     )
     report.table(
         "By cause",

@@ -14,16 +14,16 @@ def shared_with_training(
     *,
     world_model: Path,
     scorer: Path,
-    calibration: Path | None,
+    calibration: Sequence[Path],
     truth: tuple[str, Sequence[int]] | None,
 ) -> list[str]:
     """One sentence for each thing shared between the ranking and the data of its judges.
 
     Args:
-        calibration: the dataset whose replays set the threshold.
+        calibration: the datasets whose replays set the threshold.
         truth: the simulator and the seeds of its starts.
     """
-    used: dict[Path, list[str]] = {} if calibration is None else {calibration.resolve(): ["threshold"]}
+    used: dict[Path, list[str]] = {folder.resolve(): ["threshold"] for folder in calibration}
     missing: dict[str, list[str]] = {}
     tokenizer = resolve(world_model) / "tokenizer"
     for part, folder in (("world-model", world_model), ("tokenizer", tokenizer), ("scorer", scorer)):

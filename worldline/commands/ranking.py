@@ -1,5 +1,6 @@
 """Verb `rank`: which policy is best, judged in imagination; with --truth, judged against the simulator too."""
 
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from worldline.eval.ranking import (
     Ranked,
     ReplayDiagnostic,
     imagine_policy,
+    imagine_replays,
     policy_table,
     replay_diagnostic,
     summarize_ranking,
     tokenizer_table,
 )
-from worldline.eval.world_model import Replays, load_replays
+from worldline.eval.world_model import Replays, join_replays, load_replays
 from worldline.executor import index_observation
 from worldline.policies import ThroughTokenizer, load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout
@@ -53,10 +55,10 @@ class Rank:
     """Folder for the report and the rollouts."""
     truth: str | None = None
     """Simulator that gives the truth, for example metaworld/drawer-open-v3."""
-    data: Path | None = None
-    """Dataset whose held-out episodes are replayed as a diagnostic and set the threshold; without --truth, also starts."""
+    data: tuple[Path, ...] = ()
+    """Datasets whose held-out episodes are replayed as a diagnostic and set the threshold; without --truth, also starts."""
     replays: Literal["held-out", "all"] = "held-out"
-    """Which episodes of --data are replayed (all: for a dataset recorded for testing alone)."""
+    """Which episodes of --data are replayed (all: for datasets recorded for testing alone)."""
     episodes: int = 50
     """True rollouts a policy."""
     imagined_episodes: int = 100
@@ -131,9 +133,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             calibration=config.data,
             truth=(settings.world, settings.seeds) if settings else None,
         )
-        diagnostic = None
-        if replays is not None and replays.frame_success is not None:
-            diagnostic, _ = replay_diagnostic(dream, scorer, replays, seed=config.seed, progress=progress)
+        diagnostic = _replay(config, judges, replays, progress)
         threshold = diagnostic.threshold if diagnostic else scorer.config.threshold
         frame_success, through = None, None
         if truth is not None:
@@ -149,8 +149,8 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
                 _through_tokenizer(config, judges, truth, policies, progress) if config.through_tokenizer else None
             )
         else:
-            assert replays is not None, "the config requires --data without --truth"
-            starts, frames = _repeat(replays.first, config.imagined_episodes), replays.poses.shape[1]
+            every = join_replays(replays)  # the config requires --data without --truth
+            starts, frames = _repeat(every.first, config.imagined_episodes), every.poses.shape[1]
         ranked = summarize_ranking(
             labels(config.policies),
             config.lineages or [name.partition("@")[0] for name in config.policies],
@@ -168,7 +168,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             else tokenizer_table(ranked, through, persist=scorer.config.persist),
         }
         report = Report("Policy ranking", command=command_line("rank", config), provenance=_provenance(config, scorer))
-        ranking_page(report, config.data is not None, ranked, diagnostic, results, warnings)
+        ranking_page(report, bool(config.data), ranked, diagnostic, results, warnings)
         _videos(report, config, judges, policies, ranked, starts, frames, truth)
     report.write(config.out, results)
     return config.out
@@ -209,12 +209,29 @@ def _truth_settings(config: Rank, dream: Dream) -> TruthSettings | None:
     )
 
 
-def _load_replays(config: Rank, dream: Dream) -> Replays | None:
-    if config.data is None:
-        return None
-    dataset, stride = open_for(dream, config.data)
+def _load_replays(config: Rank, dream: Dream) -> list[Replays]:
     cameras = [c.name for c in dream.spec.cameras]
-    return load_replays(dataset, dataset.split(config.replays), cameras=cameras, frames=config.frames, stride=stride)
+    parts = []
+    for dataset, stride in [open_for(dream, folder) for folder in config.data]:
+        chosen = dataset.split(config.replays)
+        parts.append(load_replays(dataset, chosen, cameras=cameras, frames=config.frames, stride=stride))
+    return parts
+
+
+def _replay(config: Rank, judges: _Judges, replays: list[Replays], progress: bool) -> ReplayDiagnostic | None:
+    """The diagnostic on the replays with success labels; None without any."""
+    labelled = [part for part in replays if part.frame_success is not None]
+    if not labelled:
+        return None
+    every = join_replays(labelled)
+
+    def imagine() -> dict[str, Tensor]:
+        options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}
+        return {"probability": imagine_replays(judges.dream, judges.scorer, every, **options)}
+
+    actions = hashlib.sha256(every.actions.numpy().tobytes()).hexdigest()[:16]
+    key = ["replayed", judges.identity, fingerprint_of(every.first), actions]
+    return replay_diagnostic(judges.scorer, every, judges.kept(key, imagine)["probability"])
 
 
 def _imagine(
@@ -256,7 +273,7 @@ def _results(
     config: Rank, ranked: Ranked, diagnostic: ReplayDiagnostic | None, threshold: float, frames: int
 ) -> dict[str, Any]:
     return {
-        "policies": policy_table(ranked),
+        "policies": policy_table(ranked, diagnostic.threshold_interval if diagnostic else None),
         "statistics": ranked.statistics.to_dict() if ranked.statistics else None,
         "contrasts": ranked.contrasts.to_dict(),
         "corrected": ranked.corrected,

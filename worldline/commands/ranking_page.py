@@ -37,10 +37,13 @@ def ranking_page(
     )
     columns = ["policy", "imagined success", "95% interval", "letters"]
     cells = [[r["policy"], f"{r['imagined']:.0%}", _span(r["imagined_interval"]), r["letters"]] for r in rows]
+    if diagnostic is not None and diagnostic.threshold_interval is not None:
+        columns.append("by threshold")
+        cells = [[*c, _span(r["imagined_by_threshold"])] for c, r in zip(cells, rows)]
     if ranked.truth is not None:
         columns += ["true success", "95% interval (true)"]
         cells = [[*c, f"{r['real']:.0%}", _span(r["real_interval"])] for c, r in zip(cells, rows)]
-    report.table("Ranking", columns, cells)
+    report.table("Ranking", columns, cells, note=_threshold_note(diagnostic))
     if ranked.statistics is not None:
         _agreement(report, ranked)
     names = [r["policy"] for r in rows]
@@ -76,6 +79,15 @@ def ranking_page(
         add_diagnostic(report, diagnostic)
     elif not has_data:
         report.warning("No --data given: the replay diagnostic, the cheapest test of model and scorer, was not run.")
+
+
+def _threshold_note(diagnostic: ReplayDiagnostic | None) -> str:
+    if diagnostic is None or (between := diagnostic.threshold_interval) is None:
+        return ""
+    return (
+        f"By threshold: imagined success were the threshold ({diagnostic.threshold:.2g}) at either end of what other "
+        f"replays could have made it, {between.low:.2g} to {between.high:.2g}. Wide: replay more episodes (--data)."
+    )
 
 
 def _agreement(report: Report, ranked: Ranked) -> None:

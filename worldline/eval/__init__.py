@@ -1,6 +1,12 @@
 """Evaluation: ranking statistics, contrasts, bias correction, video metrics, scorer calibration, plots and reports."""
 
-from worldline.eval.calibration import ScorerCalibration, best_threshold, scorer_calibration
+from worldline.eval.calibration import (
+    ScorerCalibration,
+    platt,
+    scorer_calibration,
+    success_threshold,
+    threshold_interval,
+)
 from worldline.eval.contrasts import PolicyContrasts, letter_display, policy_contrasts
 from worldline.eval.intervals import (
     Interval,
@@ -44,7 +50,6 @@ __all__ = [
     "Report",
     "ScorerCalibration",
     "VideoMetrics",
-    "best_threshold",
     "clopper_pearson",
     "compare_videos",
     "copy_context",
@@ -58,6 +63,7 @@ __all__ = [
     "newcombe_independent",
     "newcombe_paired",
     "paired_interval",
+    "platt",
     "policy_contrasts",
     "prediction_powered_rate",
     "rank_statistics",
@@ -66,6 +72,8 @@ __all__ = [
     "scorer_calibration",
     "side_by_side",
     "success_bars",
+    "success_threshold",
+    "threshold_interval",
     "video_grid",
     "wilson",
     "write_mp4",

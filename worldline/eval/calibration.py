@@ -5,18 +5,19 @@ looks better than it is: `threshold_chosen_here` says when that happened, and re
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy import optimize
 from torch import Tensor
 
 from worldline.checkpoint import to_json
 from worldline.errors import WorldlineError
 from worldline.eval.intervals import Interval, wilson
 
-Criterion = Literal["balanced_accuracy", "f1"]
+FINEST = 1e-3  # a scorer's certainty says nothing finer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,6 @@ class ScorerCalibration:
     mean_predicted: float
     threshold: float
     threshold_chosen_here: bool
-    criterion: str
     balanced_accuracy: float | None
     true_positives: int
     false_positives: int
@@ -73,14 +73,13 @@ def scorer_calibration(
     truth: Bool[Tensor, " n"],
     *,
     threshold: float | None = None,
-    criterion: Criterion = "balanced_accuracy",
     bins: int = 10,
     level: float = 0.95,
 ) -> ScorerCalibration:
     """Judge success probabilities against true success, one value an episode (or frame).
 
     Args:
-        threshold: fixed on other data. Default: the best by `criterion` on these very episodes, and marked so.
+        threshold: fixed on other data. Default: `success_threshold` of these very episodes, and marked so.
         bins: of equal width, for the calibration error and the reliability diagram; empty ones are left out.
 
     Raises:
@@ -101,7 +100,7 @@ def scorer_calibration(
             f"all episodes {'succeed' if bool(y.all()) else 'fail'}: AUROC and balanced accuracy are undefined"
         )
     if threshold is None and both:
-        threshold = best_threshold(p, y, criterion=criterion)
+        threshold = success_threshold(p, y)
     elif threshold is None:
         threshold, chosen_here = 0.5, False
         notes.append("one class only, so no threshold could be chosen: 0.5 used")
@@ -120,7 +119,6 @@ def scorer_calibration(
         mean_predicted=float(p.mean()),
         threshold=float(threshold),
         threshold_chosen_here=chosen_here,
-        criterion=criterion if chosen_here else "given",
         balanced_accuracy=0.5 * (tp / (tp + fn) + tn / (tn + fp)) if both else None,
         true_positives=tp,
         false_positives=fp,
@@ -135,24 +133,57 @@ def scorer_calibration(
     )
 
 
-def best_threshold(
-    probability: Float[Tensor, " n"], truth: Bool[Tensor, " n"], *, criterion: Criterion = "balanced_accuracy"
-) -> float:
-    """The threshold with the highest balanced accuracy (Youden's J) or F1, midway between neighbouring scores.
+def platt(logits: Float[Tensor, " n"], truth: Bool[Tensor, " n"], *, balanced: bool = False) -> tuple[float, float]:
+    """Slope a > 0 and offset b of P(success) = sigmoid(a logit + b), by maximum likelihood (Platt 1999).
 
-    Of equally good ones the middle one is taken. Raises `WorldlineError` where only one class is present.
+    A small pull of log a towards 0 keeps both finite where the logits separate the classes.
+
+    Args:
+        balanced: each class weighs half, however common it is.
+    """
+    z, y = logits.detach().cpu().double().numpy(), truth.detach().cpu().double().numpy()
+    weight = np.full(len(y), 1 / len(y))
+    if balanced:
+        weight = np.where(y > 0, 0.5 / y.sum(), 0.5 / (len(y) - y.sum()))
+
+    def loss(parameters: np.ndarray) -> float:
+        curve = np.exp(parameters[0]) * z + parameters[1]
+        return float((weight * (np.logaddexp(0, curve) - y * curve)).sum() + 1e-3 * parameters[0] ** 2)
+
+    slope, offset = optimize.minimize(loss, np.zeros(2), method="Nelder-Mead").x
+    return float(np.exp(slope)), float(offset)
+
+
+def success_threshold(probability: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
+    """The probability at which an episode is as likely a success as a failure, were both equally common.
+
+    It is where `platt`'s balanced curve crosses one half. Every episode has its say: the cut with the highest balanced
+    accuracy hangs on the few episodes beside it, and where no score is near one half two of them move it by a factor of
+    a hundred. Probabilities beyond 1/1000 from 0 or 1 count as 1/1000.
+
+    Raises:
+        WorldlineError: one class only, NaN, or probabilities outside [0, 1].
     """
     p, y = _checked(probability, truth)
     if bool(y.all()) or not bool(y.any()):
-        raise WorldlineError("best_threshold: both successes and failures required, got one kind only.")
-    scores = torch.unique(p)
-    cuts = torch.cat([scores[:1], (scores[1:] + scores[:-1]) / 2])
-    predicted = p >= cuts[:, None]  # "cuts n"
-    tp, fp = (predicted & y).sum(1).double(), (predicted & ~y).sum(1).double()
-    positives, negatives = y.sum(), (~y).sum()
-    quality = tp / positives - fp / negatives if criterion == "balanced_accuracy" else 2 * tp / (tp + fp + positives)
-    best = (quality >= quality.max() - 1e-12).nonzero().flatten()
-    return float(cuts[best[(len(best) - 1) // 2]])
+        raise WorldlineError("success_threshold: both successes and failures required, got one kind only.")
+    slope, offset = platt(torch.logit(p, eps=FINEST), y, balanced=True)
+    return float(torch.sigmoid(torch.tensor(-offset / slope, dtype=torch.float64)))
+
+
+def threshold_interval(
+    probability: Float[Tensor, " n"], truth: Bool[Tensor, " n"], *, level: float = 0.95, resamples: int = 200
+) -> Interval:
+    """What other episodes could have made of `success_threshold`: a bootstrap within successes and within failures."""
+    p, y = _checked(probability, truth)
+    kinds = y.nonzero().flatten(), (~y).nonzero().flatten()
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(resamples):
+        rows = torch.cat([kind[torch.randint(len(kind), (len(kind),), generator=generator)] for kind in kinds])
+        found.append(success_threshold(p[rows], y[rows]))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(low=float(low), high=float(high), level=level, method="bootstrap within each kind")
 
 
 def _checked(probability: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from worldline.checkpoint import to_json
-from worldline.eval.calibration import ScorerCalibration, scorer_calibration
+from worldline.eval.calibration import ScorerCalibration, scorer_calibration, threshold_interval
 from worldline.eval.contrasts import PolicyContrasts, policy_contrasts
-from worldline.eval.intervals import wilson
+from worldline.eval.intervals import Interval, wilson
 from worldline.eval.prediction_powered import leave_one_policy_out, prediction_powered_rate
 from worldline.eval.ranking_statistics import RankStatistics, rank_statistics
 from worldline.eval.world_model import Replays
-from worldline.rl_in_imagination.dream import Dream, Rollouts, rollout
+from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
 from worldline.types import Observation, Policy
 
@@ -34,6 +34,7 @@ class ReplayDiagnostic:
     calibration: ScorerCalibration
     on_real_frames: ScorerCalibration  # the same episodes' real frames: what of the error is the scorer's own
     threshold: float
+    threshold_interval: Interval | None  # None where the threshold is the scorer's own
     threshold_from: str
     by_cause: Mapping[str, tuple[int, int, int]]  # cause -> (episodes, true successes, imagined successes)
 
@@ -41,16 +42,10 @@ class ReplayDiagnostic:
         return to_json(self)
 
 
-def replay_diagnostic(
+def imagine_replays(
     dream: Dream, scorer: SuccessScorer, replays: Replays, *, seed: int = 0, batch: int = 16, progress: bool = True
-) -> tuple[ReplayDiagnostic, Rollouts]:
-    """Replay the episodes' actions in the dream, score them, and compare with the recorded success.
-
-    The threshold is chosen on these replays when they are enough to choose by, else it is the scorer's own.
-    """
-    assert replays.frame_success is not None, "replays with success labels are required"
-    persist = scorer.config.persist
-    truth = episode_success(replays.frame_success, persist=persist)
+) -> Float[Tensor, "n t"]:
+    """Success probabilities of the episodes' own actions, imagined from their first frames."""
     n, t = replays.poses.shape[:2]
     made = rollout(
         dream,
@@ -60,16 +55,31 @@ def replay_diagnostic(
         frames=t,
         seeds=torch.arange(n) + seed * 1_000_003,
         actions=replays.actions,
-        keep_frames=True,
         batch=batch,
         progress="replay held-out episodes" if progress else None,
     )
-    imagined = episode_probability(made.probability, persist=persist)
+    return made.probability
+
+
+def replay_diagnostic(scorer: SuccessScorer, replays: Replays, probability: Float[Tensor, "n t"]) -> ReplayDiagnostic:
+    """What the scorer said of imagined replays (`imagine_replays`) against the recorded success.
+
+    The threshold is chosen on these replays when they are enough to choose by, else it is the scorer's own.
+    """
+    assert replays.frame_success is not None, "replays with success labels are required"
+    n, persist = len(probability), scorer.config.persist
+    truth = episode_success(replays.frame_success, persist=persist)
+    imagined = episode_probability(probability, persist=persist)
     real = episode_probability(score_frames(scorer, replays.frames), persist=persist)
     kinds = min(int(truth.sum()), int((~truth).sum()))
-    calibration, source = scorer_calibration(imagined, truth, threshold=scorer.config.threshold), "scorer"
+    calibration, between, source = (
+        scorer_calibration(imagined, truth, threshold=scorer.config.threshold),
+        None,
+        "scorer",
+    )
     if n >= MIN_CALIBRATION and kinds >= n // 4:
-        calibration, source = scorer_calibration(imagined, truth), f"{n} replayed episodes, these very ones"
+        calibration, between = scorer_calibration(imagined, truth), threshold_interval(imagined, truth)
+        source = f"{n} replayed episodes, these very ones"
     threshold = calibration.threshold
     said = imagined > threshold
     causes = {
@@ -77,14 +87,14 @@ def replay_diagnostic(
         for cause in sorted(set(replays.causes))
         for rows in [torch.tensor([i for i, c in enumerate(replays.causes) if c == cause])]
     }
-    diagnostic = ReplayDiagnostic(
+    return ReplayDiagnostic(
         calibration=calibration,
         on_real_frames=scorer_calibration(real, truth, threshold=scorer.config.threshold),
         threshold=threshold,
+        threshold_interval=between,
         threshold_from=source,
         by_cause=causes,
     )
-    return diagnostic, made
 
 
 def score_frames(scorer: SuccessScorer, frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]]) -> Float[Tensor, "n t2"]:
@@ -107,7 +117,8 @@ class Ranked:
     names: tuple[str, ...]
     lineages: tuple[str, ...]
     probability: Float[Tensor, "policies n t"]  # scorer's word on each imagined frame
-    imagined: Bool[Tensor, "policies n"]
+    level: Float[Tensor, "policies n"]  # the highest that each episode kept up
+    imagined: Bool[Tensor, "policies n"]  # level above the threshold
     truth: Bool[Tensor, "policies r"] | None
     contrasts: PolicyContrasts
     statistics: RankStatistics | None
@@ -132,14 +143,15 @@ def summarize_ranking(
         frame_success: true success of every frame, or None.
         correct_with: real rollouts a policy that the bias correction may use.
     """
-    kept = torch.stack([episode_probability(p, persist=persist) for p in probability])
-    imagined = kept > threshold
+    level = torch.stack([episode_probability(p, persist=persist) for p in probability])
+    imagined = level > threshold
     contrasts = policy_contrasts(imagined.float().numpy(), names=list(names), paired=True)
     if frame_success is None:
         return Ranked(
             names=tuple(names),
             lineages=tuple(lineages),
             probability=probability,
+            level=level,
             imagined=imagined,
             truth=None,
             contrasts=contrasts,
@@ -162,6 +174,7 @@ def summarize_ranking(
         names=tuple(names),
         lineages=tuple(lineages),
         probability=probability,
+        level=level,
         imagined=imagined,
         truth=truth,
         contrasts=contrasts,
@@ -202,8 +215,12 @@ def bias_correction(
     return out
 
 
-def policy_table(ranked: Ranked) -> list[dict[str, Any]]:
-    """One row a policy, best imagined first: rates with Wilson intervals, letters, truth where there is one."""
+def policy_table(ranked: Ranked, threshold: Interval | None = None) -> list[dict[str, Any]]:
+    """One row a policy, best imagined first: rates with Wilson intervals, letters, truth where there is one.
+
+    Args:
+        threshold: what the threshold could have been: adds the lowest and highest imagined rate that this would give.
+    """
     letters = {p.policy: p.letters for p in ranked.contrasts.policies}
     rows = []
     for i in ranked.imagined.float().mean(1).argsort(descending=True, stable=True).tolist():
@@ -216,6 +233,9 @@ def policy_table(ranked: Ranked) -> list[dict[str, Any]]:
             "imagined_episodes": n,
             "letters": letters[ranked.names[i]],
         }
+        if threshold is not None:
+            ends = [float((ranked.level[i] > end).float().mean()) for end in (threshold.high, threshold.low)]
+            row["imagined_by_threshold"] = {"low": ends[0], "high": ends[1]}
         if ranked.truth is not None:
             real, r = int(ranked.truth[i].sum()), ranked.truth.shape[1]
             row |= {"real": real / r, "real_interval": to_json(wilson(real, r)), "real_episodes": r}

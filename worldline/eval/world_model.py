@@ -79,6 +79,23 @@ def load_replays(
     )
 
 
+def join_replays(parts: Sequence[Replays]) -> Replays:
+    """The episodes of several datasets, all cut to the shortest. Labels and states are kept where all parts have them alike."""
+    t = min(part.poses.shape[1] for part in parts)
+    alike = len({part.states.shape[2] for part in parts}) == 1
+    labels = [part.frame_success[:, :t] for part in parts if part.frame_success is not None]
+    return Replays(
+        episodes=tuple(i for part in parts for i in part.episodes),
+        frames={c: torch.cat([part.frames[c][:, :t] for part in parts]) for c in parts[0].frames},
+        poses=torch.cat([part.poses[:, :t] for part in parts]),
+        actions=torch.cat([part.actions[:, : t - 1] for part in parts]),
+        instruction=tuple(text for part in parts for text in part.instruction),
+        frame_success=torch.cat(labels) if len(labels) == len(parts) else None,
+        states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
+        causes=tuple(cause for part in parts for cause in part.causes),
+    )
+
+
 def _strided_any(label: Tensor, stride: int) -> Tensor:
     if stride == 1:
         return label

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import optimize
 from torch import Tensor
 
 from worldline.errors import DatasetError
-from worldline.eval.calibration import best_threshold
+from worldline.eval.calibration import platt, success_threshold
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
@@ -147,23 +145,16 @@ def read_episodes(
 def calibrate(
     scorer: SuccessScorer, held_out: Sequence[Selection], tokenizer: Tokenizer | None
 ) -> tuple[SuccessScorer, dict[str, Any]]:
-    """Platt scaling on held-out frames, then the threshold with the best balanced accuracy over held-out episodes."""
+    """Platt scaling on held-out frames, then the threshold that held-out episodes give."""
     logits, done, _ = read_episodes(scorer, held_out, tokenizer)
-    z, y = torch.cat(logits).double().numpy(), torch.cat(done).double().numpy()
-
-    def loss(parameters: np.ndarray) -> float:
-        # log-scale keeps the slope positive; the small pull towards 1 keeps separable data finite
-        p = np.exp(parameters[0]) * z + parameters[1]
-        return float(np.mean(np.logaddexp(0, p) - y * p) + 1e-3 * parameters[0] ** 2)
-
-    fit = optimize.minimize(loss, np.zeros(2), method="Nelder-Mead")
-    scaled = scorer.calibrated(scale=float(np.exp(fit.x[0])), offset=float(fit.x[1]))
+    scale, offset = platt(torch.cat(logits), torch.cat(done))
+    scaled = scorer.calibrated(scale=scale, offset=offset)
     persist = scorer.config.persist
     truth = torch.stack([episode_success(d[None], persist=persist)[0] for d in done])
     scores = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset)[None] for z in logits]
     probability = torch.cat([episode_probability(p, persist=persist) for p in scores])
     both = bool(truth.any()) and not bool(truth.all())
-    threshold = best_threshold(probability, truth) if both else 0.5
+    threshold = success_threshold(probability, truth) if both else 0.5
     said = probability > threshold
     facts = {
         "held_out_episodes": len(truth),

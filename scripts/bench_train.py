@@ -217,6 +217,7 @@ def measure_reference(repeats: int, compile: bool) -> dict[str, float]:
         previous={"camera0": z.roll(1, 1)},
         pose=pose,
         previous_pose=pose.roll(1, 1),
+        motion=torch.rand(1, 8, 2 * pose.shape[2] + 16, device=device),
         level=torch.rand(1, 8, device=device),
         action=torch.rand(1, 8, 16, device=device),
         has_action=torch.ones(1, 8, dtype=torch.bool, device=device),

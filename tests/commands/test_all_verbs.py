@@ -138,7 +138,7 @@ def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imag
     command = [
         "rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--out", out, "--truth", WORLD,
         "--horizon", 20, "--processes", 0, "--episodes", 6, "--imagined-episodes", 8, "--correct-with", 4,
-        "--through-tokenizer", 4, "--policies", idler, runner, lab.bc, "tests.commands.dots:mixed",
+        "--through-tokenizer", 4, "--own-actions", 5, "--policies", idler, runner, lab.bc, "tests.commands.dots:mixed",
     ]  # fmt: skip
     said = worldline(*command)
     assert said.code == 0, said.err
@@ -151,6 +151,11 @@ def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imag
     assert through["episodes"] == 4 and len(through["policies"]) == 4
     # the lab's tokenizer is pixel patches, which lose nothing: nothing may change
     assert all(row["through"] == row["real"] for row in through["policies"])
+    # these two do the same whatever they see, so in imagination too
+    own = {row["policy"].rpartition(":")[2]: row for row in found["own_actions"]["policies"]}
+    assert found["own_actions"]["episodes"] == 5
+    assert own["runner"]["own_actions"] == 1.0 and own["idler"]["own_actions"] == 0.0
+    assert own["idler"]["agreement"] == pytest.approx(1 - own["idler"]["imagined"])
     assert found["statistics"]["policies"] and found["corrected"]["real_rollouts"] == 4
     rates = [row["imagined"] for row in found["policies"]]
     assert rates == sorted(rates, reverse=True)

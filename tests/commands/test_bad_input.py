@@ -367,7 +367,8 @@ def test_settings_that_cannot_be(lab: Lab, worldline: Run, tmp_path: Path) -> No
     refused(
         worldline(*rank(lab, out, lab.bc, lab.other, truth="gym/nope-v0")), "unknown Gymnasium environment 'nope-v0'"
     )
-    refused(worldline(*rank(lab, out, lab.bc, lab.other, through_tokenizer=2)), "--truth and at most its --episodes")
+    for count in ("through_tokenizer", "own_actions"):
+        refused(worldline(*rank(lab, out, lab.bc, lab.other, **{count: 2})), "--truth and at most the smaller of")
     refused(worldline(*rank(lab, out, lab.bc, lab.other, solver_steps=99)), "which training never shows")
     assert not out.exists()
 

@@ -93,6 +93,19 @@ def test_another_tokenizer_dataset_or_stride_is_refused(recorded: Path, tmp_path
         LatentCache.open(tmp_path / "nothing", "mean-1")
 
 
+def test_a_share_of_windows_begins_where_the_sequence_does(recorded: Path, tmp_path: Path) -> None:
+    cache = LatentCache.build(tmp_path / "c", LeRobotDataset(recorded), MeanTokenizer(), progress=False)
+    first = {tuple(cache.episode(i).poses[0, 0].tolist()) for i in cache.episodes}
+
+    def at_start(starts: float) -> float:
+        poses = torch.cat([cache.batch(0, step, 8, 2, starts=starts).poses[:, 0] for step in range(40)])
+        return sum(tuple(pose.tolist()) in first for pose in poses) / len(poses)
+
+    windows = at_start(0.0)
+    assert at_start(1.0) == 1.0 and windows < 0.6
+    assert abs(at_start(0.5) - (0.5 + 0.5 * windows)) < 0.1
+
+
 def test_draws_can_be_limited_to_a_split(recorded: Path, tmp_path: Path) -> None:
     cache = LatentCache.build(tmp_path / "c", LeRobotDataset(recorded), MeanTokenizer(), progress=False)
     assert set(cache.batch(0, 0, 16, 4, episodes=[1, 3]).poses[:, 0, 1].tolist()) == {1.0, 3.0}

@@ -10,7 +10,7 @@ from worldline.commands.recording import Record, run_record
 from worldline.data.lerobot_read import LeRobotDataset
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, PolicyError, SimulatorError, SpecMismatch
-from worldline.sim import WorldPool, episode_seed, make_world, record, rollout_policy
+from worldline.sim import WorldPool, episode_seed, make_world, record, rollout_actions, rollout_policy
 
 REACH = "metaworld/reach-v3"
 SMALL = {"cameras": ("gripperPOV",), "size": 32, "horizon": 24, "progress": False, "seed": 5}
@@ -125,6 +125,21 @@ def test_rows_that_end_early_stop_alone() -> None:
     assert len({len(result.poses) for result in results}) > 1
     for together, single in zip(results, alone):
         assert torch.equal(together.poses, single.poses)
+
+
+def test_given_actions_repeat_the_rollout_they_come_from() -> None:
+    settings = {"cameras": ("gripperPOV",), "size": 32, "horizon": 12}
+    seeds = [7, 11, 5]
+    with WorldPool(REACH, rows=2, **settings) as pool:
+        first = rollout_policy(pool, Push(pool.spec, 0.3), seeds=seeds)
+        actions = torch.stack([result.actions for result in first])
+        again = rollout_actions(pool, actions, seeds=seeds)
+        short = rollout_actions(pool, actions[:, :1], seeds=seeds)
+        with pytest.raises(SimulatorError, match="each of 2 starts"):
+            rollout_actions(pool, actions, seeds=seeds[:2])
+    for one, two, three in zip(first, again, short):
+        assert torch.equal(one.poses, two.poses) and torch.equal(one.poses[:2], three.poses[:2])
+        assert len(three.poses) == len(one.poses) and bool((three.actions[1:] == 0).all())
 
 
 def test_rollout_mistakes_are_named() -> None:

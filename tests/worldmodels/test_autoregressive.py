@@ -11,6 +11,7 @@ from worldline.diffusion import LevelDistribution, solver_levels
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import whiten
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
+from worldline.worldmodels.guesses import motion_of
 from worldline.worldmodels.transformer import FrameBatch, banded_causal_mask, teacher_forcing_mask
 
 
@@ -27,17 +28,32 @@ def small_model(seed: int = 0, actions: bool = True, **options) -> Autoregressiv
 
 
 def scrambled(model: AutoregressiveWorldModel) -> AutoregressiveWorldModel:
-    """Random weights everywhere: zero-initialised gates would hide any mistake behind them."""
+    """Random weights everywhere: zero-initialised gates would hide any mistake behind them.
+
+    Smaller ones where a pose comes from the pose before: a dream of several frames must not explode.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.25 * torch.randn(p.shape, generator=generator))
+        for name, p in model.named_parameters():
+            scale = 0.02 if "guess_pose" in name or "unembed_pose" in name else 0.25
+            p.copy_(scale * torch.randn(p.shape, generator=generator))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> AutoregressiveWorldModel:
     return scrambled(small_model())
+
+
+def motions(poses: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """For each of t frames what is known of the frame before it, zeros for the first, frame by frame."""
+    n, t, p = poses.shape
+    rows = [torch.zeros(n, 2 * p + actions.shape[2])]
+    for i in range(1, t):
+        before = poses[:, i - 1] - poses[:, i - 2] if i > 1 else torch.zeros(n, p)
+        block = actions[:, i - 2] if i > 1 else torch.zeros_like(actions[:, 0])
+        rows.append(torch.cat([poses[:, i - 1], before, block], 1))
+    return torch.stack(rows, 1)
 
 
 def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +66,7 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
         previous={c: shift(z) for c, z in frames.items()},
         pose=poses,
         previous_pose=shift(poses),
+        motion=motions(poses, actions),
         level=torch.zeros(b, t),
         action=torch.cat([torch.zeros(b, 1, 4), actions], 1),
         has_action=torch.arange(t).expand(b, t) > 0,
@@ -74,7 +91,9 @@ def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, fr
         )
         assert torch.allclose(out["top"], expected[:, i], atol=1e-4)
         assert torch.allclose(pose, expected_pose[:, i], atol=1e-4)
-        state = replace(state, frames=state.frames + 1, latents={"top": units["top"][:, i]}, pose=poses[:, i])
+        motion = motion_of(poses[:, i], poses[:, i - 1], actions[:, i - 1])
+        latents = {"top": units["top"][:, i]}
+        state = replace(state, frames=state.frames + 1, latents=latents, pose=poses[:, i], motion=motion)
     observed = model.observe(clip)
     assert torch.allclose(observed.cache, state.cache, atol=1e-4)
     assert observed.cache.shape[-2] == 4  # memory does not grow with the stream
@@ -95,6 +114,7 @@ def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
         previous={"top": torch.cat([shift(history), history], 1)},
         pose=torch.cat([pose_history, pose_noise], 1),
         previous_pose=torch.cat([shift(pose_history), pose_history], 1),
+        motion=torch.cat([motions(poses, actions)[:, :-1], motions(poses, actions)[:, 1:]], 1),
         level=torch.cat([torch.zeros(2, t - 1), torch.ones(2, t - 1)], 1),
         action=torch.cat([shift(actions), actions], 1),
         has_action=has_action,
@@ -256,12 +276,13 @@ def test_a_view_is_guessed_without_its_own_history():
             previous=frames,
             pose=poses,
             previous_pose=poses,
+            motion=motions(poses, actions),
             level=torch.zeros(3, 5),
             action=torch.cat([actions, actions[:, :1]], 1),
             has_action=torch.ones(3, 5, dtype=torch.bool),
             time=torch.arange(5),
         )
-        guesses.append(model.network.guess_views(batch))
+        guesses.append(model.network.guesses(batch).views)
     assert torch.equal(guesses[0]["side"], guesses[1]["side"])
     assert not torch.allclose(guesses[0]["top"], guesses[1]["top"])
 

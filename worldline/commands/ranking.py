@@ -22,6 +22,7 @@ from worldline.eval.ranking import (
     ReplayDiagnostic,
     imagine_policy,
     imagine_replays,
+    own_actions_table,
     policy_table,
     replay_diagnostic,
     summarize_ranking,
@@ -74,6 +75,9 @@ class Rank:
     through_tokenizer: int = 0
     """True rollouts a policy that sees each frame encoded and decoded: parts the tokenizer's share of a gap from the
     dynamics' share. Needs --truth."""
+    own_actions: int = 0
+    """True rollouts a policy of the very actions it took in imagination. Where simulator and dream say the same of them, what
+    is wrong is what the policy saw; where they do not, what actions lead to, or the scorer. Needs --truth."""
     solver_steps: int | None = None
     seed: int = 0
     batch: int = 50
@@ -93,11 +97,14 @@ class Rank:
             raise ValueError(
                 "either --truth SIMULATOR or --data DATASET is required: dreams need first frames to start from"
             )
-        if self.through_tokenizer and (not self.truth or not 0 <= self.through_tokenizer <= self.episodes):
-            raise ValueError(
-                f"--through-tokenizer: --truth and at most its --episodes ({self.episodes}) required, got "
-                f"{self.through_tokenizer} with --truth {self.truth}"
-            )
+        most = min(self.episodes, self.imagined_episodes)
+        for name in ("through_tokenizer", "own_actions"):
+            count = getattr(self, name)
+            if count and (not self.truth or not 0 <= count <= most):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: --truth and at most the smaller of --episodes and --imagined-episodes "
+                    f"({most}) required, got {count} with --truth {self.truth}"
+                )
         for name in ("episodes", "imagined_episodes", "horizon", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: at least 1 required, got {getattr(self, name)}")
@@ -133,29 +140,20 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             calibration=config.data,
             truth=(settings.world, settings.seeds) if settings else None,
         )
-        diagnostic = _replay(config, judges, replays, progress)
-        threshold = diagnostic.threshold if diagnostic else scorer.config.threshold
-        frame_success, through = None, None
         if truth is not None:
             starts, frames = truth.starts(), truth.settings.frames
-            success = [
-                truth.frame_success(
-                    identity_of(name, policy), policy, progress=f"simulate {label}" if progress else None
-                )
-                for (name, policy), label in zip(policies.items(), labels(config.policies))
-            ]
-            frame_success = torch.stack(success)
-            through = (
-                _through_tokenizer(config, judges, truth, policies, progress) if config.through_tokenizer else None
-            )
         else:
             every = join_replays(replays)  # the config requires --data without --truth
             starts, frames = _repeat(every.first, config.imagined_episodes), every.poses.shape[1]
+        true = _simulate(config, truth, policies, progress) if truth is not None else None
+        imagined = _imagine(config, judges, policies, starts, frames, progress)
+        diagnostic = _replay(config, judges, replays, progress)
+        threshold = diagnostic.threshold if diagnostic else scorer.config.threshold
         ranked = summarize_ranking(
             labels(config.policies),
             config.lineages or [name.partition("@")[0] for name in config.policies],
-            _imagine(config, judges, policies, starts, frames, progress),
-            frame_success,
+            torch.stack([made["probability"] for made in imagined]),
+            true,
             threshold=threshold,
             persist=scorer.config.persist,
             correct_with=config.correct_with,
@@ -163,10 +161,16 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
         )
         results = _results(config, ranked, diagnostic, threshold, frames) | {
             "independence": warnings,
-            "through_tokenizer": None
-            if through is None
-            else tokenizer_table(ranked, through, persist=scorer.config.persist),
+            "through_tokenizer": None,
+            "own_actions": None,
         }
+        persist = scorer.config.persist
+        if truth is not None and config.through_tokenizer:
+            seen = _through_tokenizer(config, judges, truth, policies, progress)
+            results["through_tokenizer"] = tokenizer_table(ranked, seen, persist=persist)
+        if truth is not None and config.own_actions:
+            own = _own_actions(config, truth, policies, imagined, judges.identity)
+            results["own_actions"] = own_actions_table(ranked, own, persist=persist)
         report = Report("Policy ranking", command=command_line("rank", config), provenance=_provenance(config, scorer))
         ranking_page(report, bool(config.data), ranked, diagnostic, results, warnings)
         _videos(report, config, judges, policies, ranked, starts, frames, truth)
@@ -234,20 +238,41 @@ def _replay(config: Rank, judges: _Judges, replays: list[Replays], progress: boo
     return replay_diagnostic(judges.scorer, every, judges.kept(key, imagine)["probability"])
 
 
+def _simulate(config: Rank, truth: Truth, policies: dict[str, Policy], progress: bool) -> Tensor:
+    """True success of every frame, "policies r t"."""
+    found = []
+    for (name, policy), label in zip(policies.items(), labels(config.policies)):
+        shown = f"simulate {label}" if progress else None
+        found.append(truth.frame_success(identity_of(name, policy), policy, progress=shown))
+    return torch.stack(found)
+
+
 def _imagine(
     config: Rank, judges: _Judges, policies: dict[str, Policy], starts: Observation, frames: int, progress: bool
-) -> Tensor:
-    """Success probabilities of every imagined frame, "policies n t"."""
+) -> list[dict[str, Tensor]]:
+    """For every policy the success probabilities of its imagined frames, "n t", and the actions it took, "n t-1 k a"."""
     found = []
     for (name, policy), label in zip(policies.items(), labels(config.policies)):
 
         def imagine(policy: Policy = policy, label: str = label) -> dict[str, Tensor]:
             options: dict[str, Any] = {"frames": frames, "seed": config.seed, "batch": config.batch}
             shown = f"imagine {label}" if progress else None
-            return {"probability": imagine_policy(judges.dream, policy, judges.scorer, starts, label=shown, **options)}
+            made = imagine_policy(judges.dream, policy, judges.scorer, starts, label=shown, **options)
+            return {"probability": made.probability, "actions": made.actions}
 
-        key = ["imagined", judges.identity, identity_of(name, policy), frames, fingerprint_of(starts)]
-        found.append(judges.kept(key, imagine)["probability"])
+        key = ["imagined with actions", judges.identity, identity_of(name, policy), frames, fingerprint_of(starts)]
+        found.append(judges.kept(key, imagine))
+    return found
+
+
+def _own_actions(
+    config: Rank, truth: Truth, policies: dict[str, Policy], imagined: list[dict[str, Tensor]], identity: list[Any]
+) -> Tensor:
+    """True success of every frame, "policies r t", under the actions that the policies took in imagination."""
+    found = []
+    for (name, policy), made in zip(policies.items(), imagined):
+        took = made["actions"][: config.own_actions]
+        found.append(truth.success_of_actions([identity, identity_of(name, policy)], took))
     return torch.stack(found)
 
 

@@ -53,6 +53,22 @@ def ranking_page(
         rates["true"] = [r["real"] for r in rows]
         intervals["true"] = [Interval(**r["real_interval"]) for r in rows]
     report.plot("Success by policy", success_bars(rates, intervals, names))
+    _gaps(report, results)
+    _correction(report, ranked)
+    needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
+    report.table(
+        "Imagined rollouts each that would separate neighbours (80% power)",
+        ["policy", "next", "difference", "rollouts"],
+        needed,
+    )
+    if diagnostic is not None:
+        add_diagnostic(report, diagnostic)
+    elif not has_data:
+        report.warning("No --data given: the replay diagnostic, the cheapest test of model and scorer, was not run.")
+
+
+def _gaps(report: Report, results: dict[str, Any]) -> None:
+    """Where a gap between imagined and true success comes from, if it was asked."""
     if (through := results["through_tokenizer"]) is not None:
         report.table(
             f"Where the gap comes from: true success in the same {through['episodes']} episodes",
@@ -68,17 +84,33 @@ def ranking_page(
                 for p in through["policies"]
             ],
         )
-    _correction(report, ranked)
-    needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
-    report.table(
-        "Imagined rollouts each that would separate neighbours (80% power)",
-        ["policy", "next", "difference", "rollouts"],
-        needed,
-    )
-    if diagnostic is not None:
-        add_diagnostic(report, diagnostic)
-    elif not has_data:
-        report.warning("No --data given: the replay diagnostic, the cheapest test of model and scorer, was not run.")
+    if (own := results["own_actions"]) is not None:
+        report.table(
+            f"The actions taken in imagination, in the simulator: the same {own['episodes']} starts",
+            [
+                "policy",
+                "true",
+                "imagined",
+                "true, by imagined actions",
+                "95% interval",
+                "episodes judged alike",
+                "95% interval (alike)",
+            ],
+            [
+                [
+                    p["policy"],
+                    f"{p['real']:.0%}",
+                    f"{p['imagined']:.0%}",
+                    f"{p['own_actions']:.0%}",
+                    _span(p["own_actions_interval"]),
+                    f"{p['agreement']:.0%}",
+                    _span(p["agreement_interval"]),
+                ]
+                for p in own["policies"]
+            ],
+            note="Judged alike: dream and simulator say the same of the same actions. Where they mostly do and rates differ all "
+            "the same, the policy did other things in the dream: it saw something else there.",
+        )
 
 
 def _threshold_note(diagnostic: ReplayDiagnostic | None) -> str:

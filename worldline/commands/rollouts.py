@@ -20,7 +20,7 @@ from worldline.errors import WorldlineError
 from worldline.policies import CallablePolicy, Corrupted
 from worldline.policies.remote import RemotePolicy
 from worldline.sim.record import episode_seed
-from worldline.sim.rollout import RolloutResult, rollout_policy
+from worldline.sim.rollout import RolloutResult, rollout_actions, rollout_policy
 from worldline.sim.workers import WorldPool
 from worldline.types import Observation, Policy, WorldSpec, require_match
 
@@ -147,19 +147,28 @@ class Truth:
         s, seeds = self.settings, self.settings.seeds[: episodes or self.settings.episodes]
 
         def roll() -> dict[str, Tensor]:
-            found = rollout_policy(self.pool, policy, seeds=seeds, progress=progress)
-            labels = [r.frame_success for r in found if r.frame_success is not None]
-            if len(labels) < len(found):
-                raise WorldlineError(
-                    f"--truth {s.world}: a simulator that tells success is required, this one does not. "
-                    "Leave --truth out and give --data."
-                )
-            return {
-                "frame_success": torch.stack([_held(label, s.horizon // s.spec.control_steps + 1) for label in labels])
-            }
+            return self._labels(rollout_policy(self.pool, policy, seeds=seeds, progress=progress))
 
         key = ["truth", s.world, s.options, list(identity), seeds]
         return self.kept(key, roll)["frame_success"][:, : s.frames]
+
+    def success_of_actions(self, identity: Sequence[Any], actions: Tensor) -> Tensor:
+        """Success of every frame, "r t" bool, of given action blocks "r t-1 k a" from the first r starts."""
+        s, seeds = self.settings, self.settings.seeds[: len(actions)]
+        key = ["own actions", s.world, s.options, list(identity), seeds]
+        made = self.kept(key, lambda: self._labels(rollout_actions(self.pool, actions, seeds=seeds)))
+        return made["frame_success"][:, : s.frames]
+
+    def _labels(self, found: Sequence[RolloutResult]) -> dict[str, Tensor]:
+        s = self.settings
+        labels = [r.frame_success for r in found if r.frame_success is not None]
+        if len(labels) < len(found):
+            raise WorldlineError(
+                f"--truth {s.world}: a simulator that tells success is required, this one does not. "
+                "Leave --truth out and give --data."
+            )
+        length = s.horizon // s.spec.control_steps + 1
+        return {"frame_success": torch.stack([_held(label, length) for label in labels])}
 
     def videos(self, policy: Policy, count: int) -> list[dict[str, Tensor]]:
         """Every frame of the first `count` episodes, as long as an imagined one: the last frame is held."""

@@ -127,15 +127,26 @@ class LatentCache:
         return self._clip(Phase(episode=episode, phase=phase, length=length), 0, length)
 
     def batch(
-        self, seed: int, step: int, batch_size: int, frames: int, *, episodes: Sequence[int] | None = None
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        frames: int,
+        *,
+        episodes: Sequence[int] | None = None,
+        starts: float = 0.0,
     ) -> Clip:
         """Windows of `frames` latents for training step `step`: a function of the arguments alone.
 
-        `episodes` limits the draw (a split). Raises `DatasetError` if no sequence is long enough.
+        `episodes` limits the draw (a split); about a share `starts` of the windows is moved to their sequence's beginning.
+        Raises `DatasetError` if no sequence is long enough.
         """
         sequences, places = self.windows(frames, episodes)
+        generator = torch.Generator().manual_seed((seed * 6_700_417 + step) & 0x7FFF_FFFF_FFFF)
+        moved = (torch.rand(batch_size, generator=generator) < starts).tolist()
         chosen = [places[i] for i in draw(len(places), seed, step, batch_size)]
-        return collate([self._clip(sequences[position], start, frames) for position, start in chosen])
+        clips = [self._clip(sequences[at], 0 if begin else start, frames) for (at, start), begin in zip(chosen, moved)]
+        return collate(clips)
 
     def windows(self, frames: int, episodes: Sequence[int] | None = None) -> tuple[list[Phase], list[tuple[int, int]]]:
         """Sequences, and (position, start) of each window of `frames` latents in them."""

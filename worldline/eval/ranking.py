@@ -20,7 +20,7 @@ from worldline.eval.intervals import Interval, wilson
 from worldline.eval.prediction_powered import leave_one_policy_out, prediction_powered_rate
 from worldline.eval.ranking_statistics import RankStatistics, rank_statistics
 from worldline.eval.world_model import Replays
-from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.rl_in_imagination.dream import Dream, Rollouts, rollout
 from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
 from worldline.types import Observation, Policy
 
@@ -261,6 +261,27 @@ def tokenizer_table(ranked: Ranked, frame_success: Bool[Tensor, "policies r t"],
     return {"episodes": r, "policies": rows}
 
 
+def own_actions_table(ranked: Ranked, frame_success: Bool[Tensor, "policies r t"], *, persist: int) -> dict[str, Any]:
+    """True success of the very actions that policies took in imagination, beside what imagination said of them."""
+    assert ranked.truth is not None
+    rows, r = [], frame_success.shape[1]
+    for i, name in enumerate(ranked.names):
+        own, said = episode_success(frame_success[i], persist=persist), ranked.imagined[i, :r]
+        hits, same = int(own.sum()), int((own == said).sum())
+        rows.append(
+            {
+                "policy": name,
+                "real": float(ranked.truth[i, :r].float().mean()),
+                "own_actions": hits / r,
+                "own_actions_interval": to_json(wilson(hits, r)),
+                "imagined": float(said.float().mean()),
+                "agreement": same / r,
+                "agreement_interval": to_json(wilson(same, r)),
+            }
+        )
+    return {"episodes": r, "policies": rows}
+
+
 def imagine_policy(
     dream: Dream,
     policy: Policy,
@@ -271,8 +292,7 @@ def imagine_policy(
     seed: int,
     batch: int,
     label: str | None,
-) -> Float[Tensor, "n t"]:
-    """Success probabilities of one imagined rollout from every start."""
+) -> Rollouts:
+    """One imagined rollout from every start, scored."""
     seeds = torch.arange(len(starts)) * 7919 + seed
-    made = rollout(dream, policy, scorer, starts, frames=frames, seeds=seeds, batch=batch, progress=label)
-    return made.probability
+    return rollout(dream, policy, scorer, starts, frames=frames, seeds=seeds, batch=batch, progress=label)

@@ -6,7 +6,14 @@ Meta-World is imported before a Meta-World world is made.
 
 from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world
 from worldline.sim.record import episode_seed, record
-from worldline.sim.rollout import RolloutResult, StartCheck, disjoint_starts, rollout_policy, start_states
+from worldline.sim.rollout import (
+    RolloutResult,
+    StartCheck,
+    disjoint_starts,
+    rollout_actions,
+    rollout_policy,
+    start_states,
+)
 from worldline.sim.workers import WorldPool
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "episode_seed",
     "make_world",
     "record",
+    "rollout_actions",
     "rollout_policy",
     "start_states",
 ]

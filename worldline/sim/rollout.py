@@ -6,6 +6,7 @@ start from the very same pixels. The executor, horizon and success rule are thos
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,35 @@ def rollout_policy(
         return _rollout(pool, policy, seeds, execute=execute, keep_frames=keep_frames, progress=progress)
 
 
+def rollout_actions(pool: WorldPool, actions: Float[Tensor, "n t k a"], *, seeds: Sequence[int]) -> list[RolloutResult]:
+    """Send the same action blocks to each start whatever comes of them: for example those a policy sent in a dream.
+
+    After the last block the middle of the action range is sent until the episode ends.
+    """
+    if len(actions) != len(seeds) or not seeds:
+        raise SimulatorError(f"actions for each of {len(seeds)} starts are required, got {len(actions)} rows.")
+    low, high = torch.tensor(pool.spec.action.low), torch.tensor(pool.spec.action.high)
+    rest = ((low + high) / 2).expand(len(actions), 1, *actions.shape[2:])
+    blocks, results = torch.cat([actions, rest], dim=1), []
+    for start in range(0, len(seeds), pool.rows):
+        wave = seeds[start : start + pool.rows]
+        results += _wave(pool, _Given(blocks[start : start + len(wave)]), wave, keep_frames=False)
+    return results
+
+
+class _Given:
+    """An executor of blocks that stand beforehand; its state is the number of the next one."""
+
+    def __init__(self, blocks: Float[Tensor, "n t k a"]) -> None:
+        self.blocks = blocks
+
+    def reset(self, n: int) -> int:
+        return 0
+
+    def block(self, observation: Observation, state: int, *, seeds: Tensor) -> tuple[Tensor, int]:
+        return self.blocks[:, min(state, self.blocks.shape[1] - 1)], state + 1
+
+
 def _rollout(
     pool: WorldPool,
     policy: Policy,
@@ -114,12 +144,15 @@ def _rollout(
     return results
 
 
-def _wave(pool: WorldPool, executor: ChunkExecutor, seeds: Sequence[int], *, keep_frames: bool) -> list[RolloutResult]:
+def _wave(
+    pool: WorldPool, executor: ChunkExecutor | _Given, seeds: Sequence[int], *, keep_frames: bool
+) -> list[RolloutResult]:
     """Up to `pool.rows` episodes at once, until the last has ended."""
     n = len(seeds)
     now = pool.reset(dict(enumerate(seeds)))
     episodes = [_Record(seed, now[row], pool.instruction, keep_frames) for row, seed in enumerate(seeds)]
-    state, row_seeds = executor.reset(n), torch.tensor(list(seeds))
+    state: Any = executor.reset(n)
+    row_seeds = torch.tensor(list(seeds))
     while running := [row for row in range(n) if not episodes[row].over]:
         seen = observation([episodes[row].last for row in range(n)], [pool.instruction] * n)
         with torch.no_grad():

@@ -114,8 +114,9 @@ class LatentBatches:
         stride: int,
         device: Any,
         progress: bool,
+        starts: float = 0.0,
     ) -> None:
-        self.selections, self.frames = selections, frames
+        self.selections, self.frames, self.starts = selections, frames, starts
         self.caches = []
         for s in selections:
             _require_length(s, frames, stride)
@@ -132,7 +133,7 @@ class LatentBatches:
     def batch(self, seed: int, step: int, size: int) -> Clip:
         counts = share(self.selections, seed, step, size)
         parts = [
-            cache.batch(seed, step, count, self.frames, episodes=s.episodes)
+            cache.batch(seed, step, count, self.frames, episodes=s.episodes, starts=self.starts)
             for cache, s, count in zip(self.caches, self.selections, counts)
             if count
         ]

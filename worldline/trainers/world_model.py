@@ -37,6 +37,8 @@ class TrainWorldModel:
     """Dataset frames per world-model frame; action blocks grow with it."""
     frames: int = 10
     """Length of a training clip. Longer than the window, so that the cache's far edge is trained too."""
+    starts: float = 0.2
+    """Share of clips that begin where their episode does: there dreams begin, with one frame known and the arm at rest."""
     model: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     init_from: Path | None = None
     """Start from the weights of another world model of the same spec. Its network's sizes and its normalisation are kept,
@@ -48,6 +50,8 @@ class TrainWorldModel:
     def __post_init__(self) -> None:
         if self.frames < 2:
             raise ValueError(f"frames must be at least 2, got {self.frames}")
+        if not 0 <= self.starts <= 1:
+            raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
         if self.max_episodes is not None and self.max_episodes < 1:
             raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}")
 
@@ -144,11 +148,14 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     training = open_datasets(config.data, "train", cameras=cameras, max_episodes=config.max_episodes)
     held_out = open_datasets(config.data, "held-out", cameras=cameras)
     claim_output(
-        config.out, "world-model", config, identity=("data", "tokenizer", "stride", "frames", "model", "max_episodes")
+        config.out,
+        "world-model",
+        config,
+        identity=("data", "tokenizer", "stride", "frames", "starts", "model", "max_episodes"),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
-    batches = LatentBatches(training, tokenizer, **options)
+    batches = LatentBatches(training, tokenizer, starts=config.starts, **options)
     if config.init_from:
         model = AutoregressiveWorldModel.from_pretrained(config.init_from)
         model.config = replace(config.model, network=model.config.network)

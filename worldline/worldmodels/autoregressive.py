@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from worldline.diffusion import LevelDistribution, add_noise, linear_path, row_n
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
+from worldline.worldmodels.guesses import STEP, motion_of
 from worldline.worldmodels.state import StreamState
 from worldline.worldmodels.transformer import FrameBatch, SpaceTimeTransformer, TransformerConfig, teacher_forcing_mask
 
@@ -42,7 +44,7 @@ class AutoregressiveConfig:
     history: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.5, high=0.3))
     target: LevelDistribution = field(default_factory=lambda: LevelDistribution(pure=0.5, low=0.02))
     max_weight: float = 4.0  # cap of the loss weight 1/level^2
-    pose_weight: float = 1.0
+    pose_weight: float = 30.0  # a frame changes a normalised pose by about 0.1: squared, little beside the latents
     solver_steps: int = 1
     history_level: float = 0.0  # level given to finished frames when they become history in sampling
 
@@ -127,6 +129,8 @@ class AutoregressiveWorldModel(nn.Module):
         history = {camera: noised(z[:, :-1], history_level) for camera, z in frames.items()}
         target = {camera: noised(z[:, 1:], target_level) for camera, z in frames.items()}
         pose_history, pose_target = noised(poses[:, :-1], history_level), noised(poses[:, 1:], target_level)
+        before = torch.cat([poses[:, :1], poses[:, :-2]], 1)
+        motion = motion_of(poses[:, :-1], before, _shift(actions))  # of the frame before each target
         has_action = torch.ones(b, 2 * t - 2, dtype=torch.bool, device=self.device)
         has_action[:, 0] = False
         time = torch.arange(t, device=self.device)
@@ -135,6 +139,7 @@ class AutoregressiveWorldModel(nn.Module):
             previous={camera: torch.cat([_shift(history[camera]), history[camera]], 1) for camera in frames},
             pose=torch.cat([pose_history, pose_target], 1),
             previous_pose=torch.cat([_shift(pose_history), pose_history], 1),
+            motion=torch.cat([_shift(motion), motion], 1),
             level=torch.cat([history_level, target_level], 1),
             action=torch.cat([_shift(actions), actions], 1),
             has_action=has_action,
@@ -148,8 +153,13 @@ class AutoregressiveWorldModel(nn.Module):
         pose_error = (predicted_pose - poses[:, 1:]).square().mean(2) if poses.shape[2] else torch.zeros_like(weight)
         loss = sum(((weight * e).mean() for e in per_camera.values()), torch.zeros((), device=self.device))
         loss = loss / len(per_camera) + self.config.pose_weight * (weight * pose_error).mean()
-        guess_error = {c: (guessed[c] - frames[c][:, 1:]).square().mean() for c in guessed}
+        guess_error = {c: (z - frames[c][:, 1:]).square().mean() for c, z in guessed.views.items()}
         loss = loss + sum(guess_error.values(), torch.zeros((), device=self.device)) / max(1, len(guess_error))
+        if guessed.pose is not None:
+            # contacts move an arm as it cannot foresee: they must not rule what it learns
+            miss = F.smooth_l1_loss(guessed.pose / STEP, poses[:, 1:] / STEP, beta=0.2)
+            loss = loss + miss
+            guess_error["pose"] = miss
         pure = target_level == 1
         metrics = {f"guess_error/{c}": e.detach() for c, e in guess_error.items()}
         metrics |= {f"one_step_error/{c}": _mean_where(e, pure) for c, e in per_camera.items()}
@@ -179,6 +189,7 @@ class AutoregressiveWorldModel(nn.Module):
             frames=torch.zeros(n, dtype=torch.long, device=self.device),
             latents={camera: torch.zeros_like(z[:, 0]) for camera, z in frames.items()},
             pose=torch.zeros_like(poses[:, 0]),
+            motion=torch.zeros(n, 2 * poses.shape[2] + self._action_width, device=self.device),
         )
         seeds = torch.zeros(n, dtype=torch.long, device=self.device)
         for i in range(t):
@@ -225,6 +236,8 @@ class AutoregressiveWorldModel(nn.Module):
         self, state: StreamState, frame: Mapping[str, Tensor], pose: Tensor, action: Tensor, seeds: Tensor
     ) -> StreamState:
         """Make a finished frame history: write its keys and values, at the history level."""
+        before = torch.where(state.frames[:, None] > 0, state.motion[:, : pose.shape[1]], pose)
+        motion = motion_of(pose, before, action)
         level = torch.full((len(state),), self.config.history_level, device=self.device)
         if self.config.history_level:
 
@@ -235,7 +248,7 @@ class AutoregressiveWorldModel(nn.Module):
             frame = {camera: noised(z, i) for i, (camera, z) in enumerate(frame.items())}
             pose = noised(pose, len(frame))
         self._network_step(state, frame, pose, level, action)
-        return replace(state, frames=state.frames + 1, latents=dict(frame), pose=pose)
+        return replace(state, frames=state.frames + 1, latents=dict(frame), pose=pose, motion=motion)
 
     def _network_step(
         self, state: StreamState, frame: Mapping[str, Tensor], pose: Tensor, level: Tensor, action: Tensor
@@ -247,6 +260,7 @@ class AutoregressiveWorldModel(nn.Module):
             previous={camera: z[:, None] for camera, z in state.latents.items()},
             pose=pose[:, None],
             previous_pose=state.pose[:, None],
+            motion=state.motion[:, None],
             level=level[:, None],
             action=action[:, None],
             has_action=(state.frames > 0)[:, None],

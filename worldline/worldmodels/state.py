@@ -18,7 +18,8 @@ class StreamState:
     cache: Float[Tensor, "n depth 2 heads window d"]
     frames: Int[Tensor, " n"]  # how many frames the row holds
     latents: Mapping[str, Float[Tensor, "n c _h _w"]]  # whitened last frame, as the network saw it
-    pose: Float[Tensor, "n p"]  # normalised last pose
+    pose: Float[Tensor, "n p"]  # normalised last pose, as the network saw it
+    motion: Float[Tensor, "n m"]  # of the last frame: its pose without noise, its last change, the block before it
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -29,6 +30,7 @@ class StreamState:
             frames=self.frames[rows],
             latents={camera: z[rows] for camera, z in self.latents.items()},
             pose=self.pose[rows],
+            motion=self.motion[rows],
         )
 
     def where(self, mask: Bool[Tensor, " n"], other: "StreamState") -> "StreamState":
@@ -40,6 +42,7 @@ class StreamState:
             frames=pick(other.frames, self.frames),
             latents={camera: pick(other.latents[camera], z) for camera, z in self.latents.items()},
             pose=pick(other.pose, self.pose),
+            motion=pick(other.motion, self.motion),
         )
 
     def visible(self) -> tuple[Int[Tensor, " n"], Bool[Tensor, "n window"]]:

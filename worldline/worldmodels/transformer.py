@@ -5,15 +5,14 @@
 - Time attention takes any (query frame, key frame) mask, so one network serves the banded causal pass, the doubled pass
   of training (clean history beside noisy targets) and streaming with a cache.
 - Level and action block reach every block through adaptive normalisation, computed once a frame (DiT, 2212.09748).
-- Each view is also guessed from the others alone, by dense layers (`ViewGuess`), and the guess is an input: what comes into
-  one camera's sight has long been in another's.
+- Dense networks (`guesses`) foretell the pose from the arm's motion and each view from the other views; their guesses are
+  inputs: where the arm will be, and what comes into one camera's sight that has long been in another's.
 - It predicts the change from the previous frame: with zero-initialised outputs an untrained network is exactly the
   copy-last-frame predictor.
 
 The network knows nothing of noise schedules, tokenizers or normalisation.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldline.errors import SpecMismatch
+from worldline.worldmodels.guesses import STEP, Guesses, PoseGuess, ViewGuess
 from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
 
 # Of the tokens' learned places at the start. Tokens are of size one: from the usual 0.02 trained models had grown theirs to
@@ -41,7 +41,7 @@ class TransformerConfig:
     window: int = 8
     patch: int = 2  # latent cells along one side of a token
     mlp_ratio: float = 4.0
-    guess_width: int = 256  # of the network that guesses each view from the others and the pose; 0: none
+    guess_width: int = 256  # of the dense networks that guess the pose, and each view from the others; 0: none
     actions: bool = True  # False: the action-free predictor, a baseline that every world model must beat
 
     def __post_init__(self) -> None:
@@ -63,6 +63,7 @@ class FrameBatch:
     previous: Mapping[str, Tensor]
     pose: Tensor  # "b l p"
     previous_pose: Tensor
+    motion: Tensor  # "b l p+p+k*a", of the frame before: `motion_of`, zeros for the first of a clip
     level: Tensor  # "b l"
     action: Tensor  # "b l k*a"
     has_action: Tensor  # "b l" bool
@@ -93,36 +94,6 @@ class Block(nn.Module):
         return self.time_out(rearrange(attended, "b (s h) l d -> b l s (h d)", h=self.time.heads))
 
 
-class ViewGuess(nn.Module):
-    """Guesses each camera's latents from what the *others* showed in the frame before, the pose there and the action.
-
-    Attention over tokens does not learn within our budgets what one view tells of another: nearly always a camera's own
-    history says more. Dense layers over whole latents learn it in minutes when they are denied that history; their guess
-    is then one more input of the transformer, and has a loss of its own.
-    """
-
-    def __init__(
-        self, width: int, shapes: Mapping[str, tuple[int, int, int]], keys: Mapping[str, str], known: int
-    ) -> None:
-        super().__init__()
-        self.shapes, self.keys = dict(shapes), dict(keys)
-        sizes = {camera: math.prod(shape) for camera, shape in shapes.items()}
-        self.nets = nn.ModuleDict()
-        for camera, size in sizes.items():
-            seen = sum(sizes.values()) - size + known
-            self.nets[keys[camera]] = nn.Sequential(
-                *(nn.Linear(seen, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, size))
-            )
-
-    def forward(self, previous: Mapping[str, Tensor], known: Tensor) -> dict[str, Tensor]:
-        """`known` "b l n": pose and action. Returns camera -> "b l c h w"."""
-        guesses = {}
-        for camera, key in self.keys.items():
-            others = [previous[c].flatten(2) for c in self.keys if c != camera]
-            guesses[camera] = self.nets[key](torch.cat([*others, known], dim=-1)).unflatten(-1, self.shapes[camera])
-        return guesses
-
-
 class SpaceTimeTransformer(nn.Module):
     """Predicts the clean latents and pose of each frame.
 
@@ -147,17 +118,21 @@ class SpaceTimeTransformer(nn.Module):
         # nn.ModuleDict keys may not hold dots; cameras may
         self.keys = {camera: camera.replace(".", "_") for camera in shapes}
         channels = {self.keys[camera]: c * p * p for camera, (c, _, _) in shapes.items()}
-        self.guess = (
-            ViewGuess(config.guess_width, shapes, self.keys, pose_dim + action_dim) if config.guess_width else None
+        guessing = config.guess_width if config.actions else 0
+        self.guess_pose = PoseGuess(guessing, pose_dim, action_dim) if guessing and pose_dim else None
+        poses = 2 * pose_dim if self.guess_pose else pose_dim
+        self.guess_views = (
+            ViewGuess(config.guess_width, shapes, self.keys, poses + action_dim) if config.guess_width else None
         )
         inputs = 3 if config.guess_width else 2  # the noisy frame, the one before, the guess
         self.embed = nn.ModuleDict({key: nn.Linear(inputs * c, width) for key, c in channels.items()})
         self.place = nn.ParameterDict(
             {self.keys[camera]: nn.Parameter(torch.empty(n, width)) for camera, n in self.tokens.items()}
         )
-        self.embed_pose = nn.Linear(2 * pose_dim, width)
+        self.embed_pose = nn.Linear(pose_dim + poses, width)
         self.embed_level = LevelEmbedding(width)
-        self.embed_action = nn.Sequential(nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width))
+        moves = action_dim + (poses if self.guess_pose else 0)  # the block, where it leads, and how far that is
+        self.embed_action = nn.Sequential(nn.Linear(moves, width), nn.SiLU(), nn.Linear(width, width))
         self.no_action = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -181,7 +156,8 @@ class SpaceTimeTransformer(nn.Module):
         for block in self._blocks():
             for gate in (2, 5, 8):  # of shift, scale, gate for space attention, time attention, MLP
                 nn.init.ones_(block.modulation.bias[gate * self.config.width : (gate + 1) * self.config.width])
-        for linear in [self.unembed_pose, *self.unembed.values()]:
+        last = [self.guess_pose.net[-1]] if self.guess_pose else []
+        for linear in [self.unembed_pose, *self.unembed.values(), *last]:
             nn.init.zeros_(cast(nn.Linear, linear).weight)
 
     @property
@@ -192,32 +168,41 @@ class SpaceTimeTransformer(nn.Module):
         for block in self.blocks:
             yield cast(Block, block)  # a ModuleList says only that it holds modules
 
-    def guess_views(self, frames: FrameBatch) -> dict[str, Tensor]:
-        """Camera -> "b l c h w", each camera guessed without its own history; empty without the guessing network."""
-        if self.guess is None:
-            return {}
-        action = (
-            frames.action * frames.has_action[..., None] if self.config.actions else torch.zeros_like(frames.action)
-        )
-        return self.guess(frames.previous, torch.cat([frames.previous_pose, action], dim=-1))
+    def guesses(self, frames: FrameBatch) -> Guesses:
+        """Pose and views by the dense networks. The pose learns by its own loss alone: the views take it as given."""
+        action = frames.action * frames.has_action[..., None]
+        if not self.config.actions:
+            action = torch.zeros_like(action)
+        pose, known = None, [frames.previous_pose, action]
+        if self.guess_pose is not None:
+            pose = self.guess_pose(frames.motion, frames.action, frames.has_action)
+            known.append(pose.detach())
+        views = self.guess_views(frames.previous, torch.cat(known, dim=-1)) if self.guess_views is not None else {}
+        return Guesses(views=views, pose=pose)
 
-    def embed_frames(self, frames: FrameBatch, guesses: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def embed_frames(self, frames: FrameBatch, guesses: Guesses) -> tuple[Tensor, Tensor]:
         """Tokens "b l s d" and the conditioning vector of each frame "b l d"."""
         p = self.config.patch
         parts = []
         for camera, key in self.keys.items():
             inputs = [frames.latents[camera], frames.previous[camera]]
-            if guesses:
-                inputs.append(guesses[camera].detach())  # it learns by its own loss alone
+            if guesses.views:
+                inputs.append(guesses.views[camera].detach())  # it learns by its own loss alone
             patches = rearrange(torch.cat(inputs, dim=2), "b l c (h p) (w q) -> b l (h w) (c p q)", p=p, q=p)
             parts.append(self.embed[key](patches) + self.place[key])
-        action = self.embed_action(frames.action) if self.config.actions else self.no_action
+        poses, moves = [frames.pose, frames.previous_pose], [frames.action]
+        if guesses.pose is not None:
+            pose = guesses.pose.detach()
+            poses.append(pose)
+            moves += [pose, (pose - frames.motion[..., : self.pose_dim]) / STEP]
+        action = self.embed_action(torch.cat(moves, dim=-1)) if self.config.actions else self.no_action
         action = torch.where(frames.has_action[..., None], action, self.no_action)
-        pose = self.embed_pose(torch.cat([frames.pose, frames.previous_pose], dim=-1))
-        parts.append((pose + action)[:, :, None])
+        parts.append((self.embed_pose(torch.cat(poses, dim=-1)) + action)[:, :, None])
         return torch.cat(parts, dim=2), F.silu(self.embed_level(frames.level) + action)
 
-    def head(self, x: Tensor, condition: Tensor, frames: FrameBatch) -> tuple[dict[str, Tensor], Tensor]:
+    def head(
+        self, x: Tensor, condition: Tensor, frames: FrameBatch, guessed_pose: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         x = modulate(x, *self.final_modulation(condition).chunk(2, dim=-1))
         p = self.config.patch
         latents, start = {}, 0
@@ -227,25 +212,27 @@ class SpaceTimeTransformer(nn.Module):
             h = self.shapes[camera][1] // p
             change = rearrange(change, "b l (h w) (c p q) -> b l c (h p) (w q)", h=h, p=p, q=p)
             latents[camera] = frames.previous[camera] + change
-        return latents, frames.previous_pose + self.unembed_pose(x[:, :, -1])
+        base = frames.previous_pose if guessed_pose is None else guessed_pose.detach()
+        return latents, base + self.unembed_pose(x[:, :, -1])
 
     def forward(
         self, frames: FrameBatch, mask: Tensor, keep: slice = slice(None)
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], Tensor, Guesses]:
         """All frames at once: latents, poses, and the guesses they were helped by.
 
         Args:
             mask: "l l", True where a query frame (row) may look at a key frame (column).
             keep: the frames whose predictions are wanted.
         """
-        guesses = self.guess_views(frames)
+        guesses = self.guesses(frames)
         x, condition = self.embed_frames(frames, guesses)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         for block in self._blocks():
             x = _apply(block, x, condition, lambda y, b: _masked(b, y, turn, mask))
         frames = FrameBatch(**{name: _keep(getattr(frames, name), keep) for name in FrameBatch.__slots__})
-        latents, pose = self.head(x[:, keep], condition[:, keep], frames)
-        return latents, pose, _keep(guesses, keep)
+        guesses = guesses.keep(keep)
+        latents, pose = self.head(x[:, keep], condition[:, keep], frames, guesses.pose)
+        return latents, pose, guesses
 
     def stream(
         self, frames: FrameBatch, cache: Tensor, slot: Tensor, visible: Tensor
@@ -257,7 +244,8 @@ class SpaceTimeTransformer(nn.Module):
             slot: "n", the ring position of this frame in each row.
             visible: "n window", which ring positions each row may attend to (its own included).
         """
-        x, condition = self.embed_frames(frames, self.guess_views(frames))
+        guesses = self.guesses(frames)
+        x, condition = self.embed_frames(frames, guesses)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         rows = torch.arange(len(x), device=x.device)
         for i, block in enumerate(self._blocks()):
@@ -269,7 +257,7 @@ class SpaceTimeTransformer(nn.Module):
                 return block.time_output(attended)
 
             x = _apply(block, x, condition, attend)
-        return self.head(x, condition, frames)
+        return self.head(x, condition, frames, guesses.pose)
 
 
 def _apply(block: Block, x: Tensor, condition: Tensor, time_attention: Callable[[Tensor, Block], Tensor]) -> Tensor:

@@ -1,0 +1,53 @@
+"""The dense networks beside the transformer: what they are told, and that the pose's one learns an arm that lags."""
+
+import torch
+
+from worldline.worldmodels.guesses import STEP, PoseGuess, motion_of
+
+
+def lagging_arm(rows: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An arm that ends each block half-way to its command: the last frame alone does not say how far it still has to go."""
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randn(rows, frames - 1, 2, generator=generator)
+    command, pose = torch.zeros(rows, 2), torch.zeros(rows, 2)
+    poses = [pose]
+    for i in range(frames - 1):
+        command = command + STEP * actions[:, i]
+        pose = pose + 0.5 * (command - pose)
+        poses.append(pose)
+    return torch.stack(poses, 1), actions
+
+
+def step(net: PoseGuess, poses: torch.Tensor, actions: torch.Tensor, i: int) -> torch.Tensor:
+    """The pose of frame i, by what is known of frame i-1."""
+    before = poses[:, i - 2] if i > 1 else poses[:, i - 1]
+    block = actions[:, i - 2] if i > 1 else torch.zeros_like(actions[:, 0])
+    return net(motion_of(poses[:, i - 1], before, block), actions[:, i - 1], torch.ones(len(poses)))
+
+
+def test_pose_guess_learns_a_lag_and_keeps_to_it_over_a_rollout() -> None:
+    torch.manual_seed(0)
+    net = PoseGuess(64, 2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for k in range(300):
+        poses, actions = lagging_arm(32, 8, 1 + k)
+        guessed = torch.stack([step(net, poses, actions, i) for i in range(1, 8)], 1)
+        loss = ((guessed - poses[:, 1:]) / STEP).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    poses, actions = lagging_arm(64, 16, 0)
+    dreamt = [poses[:, 0]]
+    with torch.no_grad():
+        for i in range(1, 16):
+            dreamt.append(step(net, torch.stack([*dreamt], 1), actions, i))
+    error = (torch.stack(dreamt, 1) - poses).square().mean((0, 2)).sqrt()
+    # without the memory: the whole block is taken to arrive at once, the best there is on average
+    memoryless = poses[:, :1] + torch.cat([torch.zeros(64, 1, 2), STEP * actions], 1).cumsum(1)
+    assert float(error[1:].max()) < 0.5 * float((memoryless - poses).square().mean((0, 2)).sqrt()[1:].min())
+
+
+def test_a_frame_that_no_action_led_to_is_guessed_at_zero() -> None:
+    net = PoseGuess(8, 3, 4)
+    guessed = net(torch.randn(2, 2, 10), torch.randn(2, 2, 4), torch.tensor([[False, True], [False, True]]))
+    assert torch.equal(guessed[:, 0], torch.zeros(2, 3)) and bool((guessed[:, 1] != 0).all())

@@ -1,6 +1,5 @@
 """Verb `rank`: which policy is best, judged in imagination; with --truth, judged against the simulator too."""
 
-import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,15 @@ from worldline.commands.independence import shared_with_training
 from worldline.commands.outputs import check_report_folder, command_line
 from worldline.commands.ranking_page import ranking_page
 from worldline.commands.recording import cores
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, fingerprint_of, identity_of, weights_of
+from worldline.commands.rollouts import (
+    Kept,
+    Truth,
+    TruthSettings,
+    fingerprint_of,
+    fingerprint_of_tensor,
+    identity_of,
+    weights_of,
+)
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.ranking import (
@@ -169,7 +176,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             seen = _through_tokenizer(config, judges, truth, policies, progress)
             results["through_tokenizer"] = tokenizer_table(ranked, seen, persist=persist)
         if truth is not None and config.own_actions:
-            own = _own_actions(config, truth, policies, imagined, judges.identity)
+            own = _own_actions(config, truth, imagined, progress)
             results["own_actions"] = own_actions_table(ranked, own, persist=persist)
         report = Report("Policy ranking", command=command_line("rank", config), provenance=_provenance(config, scorer))
         ranking_page(report, bool(config.data), ranked, diagnostic, results, warnings)
@@ -233,8 +240,7 @@ def _replay(config: Rank, judges: _Judges, replays: list[Replays], progress: boo
         options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}
         return {"probability": imagine_replays(judges.dream, judges.scorer, every, **options)}
 
-    actions = hashlib.sha256(every.actions.numpy().tobytes()).hexdigest()[:16]
-    key = ["replayed", judges.identity, fingerprint_of(every.first), actions]
+    key = ["replayed", judges.identity, fingerprint_of(every.first), fingerprint_of_tensor(every.actions)]
     return replay_diagnostic(judges.scorer, every, judges.kept(key, imagine)["probability"])
 
 
@@ -265,14 +271,12 @@ def _imagine(
     return found
 
 
-def _own_actions(
-    config: Rank, truth: Truth, policies: dict[str, Policy], imagined: list[dict[str, Tensor]], identity: list[Any]
-) -> Tensor:
+def _own_actions(config: Rank, truth: Truth, imagined: list[dict[str, Tensor]], progress: bool) -> Tensor:
     """True success of every frame, "policies r t", under the actions that the policies took in imagination."""
     found = []
-    for (name, policy), made in zip(policies.items(), imagined):
-        took = made["actions"][: config.own_actions]
-        found.append(truth.success_of_actions([identity, identity_of(name, policy)], took))
+    for made, label in zip(imagined, labels(config.policies)):
+        shown = f"simulate the imagined actions of {label}" if progress else None
+        found.append(truth.success_of_actions(made["actions"][: config.own_actions], progress=shown))
     return torch.stack(found)
 
 

@@ -77,6 +77,13 @@ def fingerprint_of(starts: Observation) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_of_tensor(x: Tensor) -> str:
+    """Sixteen hex digits of a tensor's shape and values."""
+    digest = hashlib.sha256(str(tuple(x.shape)).encode())
+    digest.update(x.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # --- truth ------------------------------------------------------------------------------------------------------------
 
 
@@ -152,11 +159,11 @@ class Truth:
         key = ["truth", s.world, s.options, list(identity), seeds]
         return self.kept(key, roll)["frame_success"][:, : s.frames]
 
-    def success_of_actions(self, identity: Sequence[Any], actions: Tensor) -> Tensor:
+    def success_of_actions(self, actions: Tensor, *, progress: str | None) -> Tensor:
         """Success of every frame, "r t" bool, of given action blocks "r t-1 k a" from the first r starts."""
         s, seeds = self.settings, self.settings.seeds[: len(actions)]
-        key = ["own actions", s.world, s.options, list(identity), seeds]
-        made = self.kept(key, lambda: self._labels(rollout_actions(self.pool, actions, seeds=seeds)))
+        key = ["given actions", s.world, s.options, fingerprint_of_tensor(actions), seeds]
+        made = self.kept(key, lambda: self._labels(rollout_actions(self.pool, actions, seeds=seeds, progress=progress)))
         return made["frame_success"][:, : s.frames]
 
     def _labels(self, found: Sequence[RolloutResult]) -> dict[str, Tensor]:

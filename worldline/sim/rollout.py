@@ -95,19 +95,24 @@ def rollout_policy(
         return _rollout(pool, policy, seeds, execute=execute, keep_frames=keep_frames, progress=progress)
 
 
-def rollout_actions(pool: WorldPool, actions: Float[Tensor, "n t k a"], *, seeds: Sequence[int]) -> list[RolloutResult]:
-    """Send the same action blocks to each start whatever comes of them: for example those a policy sent in a dream.
+def rollout_actions(
+    pool: WorldPool, actions: Float[Tensor, "n t k a"], *, seeds: Sequence[int], progress: str | None = None
+) -> list[RolloutResult]:
+    """Send given action blocks to each start whatever comes of them: for example those a policy sent in a dream.
 
-    After the last block the middle of the action range is sent until the episode ends.
+    After the last block the middle of the action range is sent until the episode ends. Raises `SimulatorError` if there is
+    not one row of actions a seed.
     """
     if len(actions) != len(seeds) or not seeds:
         raise SimulatorError(f"actions for each of {len(seeds)} starts are required, got {len(actions)} rows.")
     low, high = torch.tensor(pool.spec.action.low), torch.tensor(pool.spec.action.high)
     rest = ((low + high) / 2).expand(len(actions), 1, *actions.shape[2:])
     blocks, results = torch.cat([actions, rest], dim=1), []
-    for start in range(0, len(seeds), pool.rows):
-        wave = seeds[start : start + pool.rows]
-        results += _wave(pool, _Given(blocks[start : start + len(wave)]), wave, keep_frames=False)
+    with tqdm(total=len(seeds), desc=progress, unit="episode", disable=progress is None, leave=False) as bar:
+        for start in range(0, len(seeds), pool.rows):
+            wave = seeds[start : start + pool.rows]
+            results += _wave(pool, _Given(blocks[start : start + len(wave)]), wave, keep_frames=False)
+            bar.update(len(wave))
     return results
 
 

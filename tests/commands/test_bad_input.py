@@ -244,6 +244,20 @@ def test_a_tokenizer_that_the_world_model_was_not_trained_with(lab: Lab, worldli
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_to_go_on_from_that_do_not_fit(lab: Lab, damaged: Path, worldline: Run, tmp_path: Path) -> None:
+    assert worldline(*tokenizer(lab.data, tmp_path / "tok", "--patch", 16)).code == 0
+    go_on = ("--init-from", lab.wm, "--tokenizer")
+    said = worldline(*world_model(lab, lab.data, tmp_path / "out", *go_on, tmp_path / "tok"))
+    refused(said, "the tokenizer it was trained with is required", f"use --tokenizer {lab.wm}/tokenizer")
+    path = damaged / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["worldline"]["spec"]["action"] |= {"rate_hz": 25.0}
+    path.write_text(json.dumps(info))
+    said = worldline(*world_model(lab, damaged, tmp_path / "out", *go_on, lab.tok))
+    refused(said, "do not fit", "action.rate_hz: required 20.0, got 25.0")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_latent_cache_of_another_tokenizer(
     lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

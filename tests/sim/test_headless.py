@@ -43,6 +43,14 @@ def test_a_set_backend_is_kept_and_a_missing_library_named(bare: pytest.MonkeyPa
 
 
 @linux
+def test_a_backend_that_mujoco_does_not_have(bare: pytest.MonkeyPatch) -> None:
+    bare.delitem(sys.modules, "mujoco", raising=False)
+    bare.setenv("MUJOCO_GL", "osmsea")
+    with pytest.raises(SimulatorError, match=r"osmesa .* required, got 'osmsea'"):
+        choose_backend()
+
+
+@linux
 def test_without_any_library_the_message_says_what_to_install(bare: pytest.MonkeyPatch) -> None:
     gl_context = importlib.import_module("mujoco.gl_context")
     bare.setattr(ctypes.util, "find_library", lambda name: None)

@@ -16,17 +16,24 @@ log = logging.getLogger(__name__)
 
 INSTALL = "Install one: `apt-get install libosmesa6` (software) or `apt-get install libegl1 libegl-mesa0` (Mesa's EGL)."
 _LIBRARY = {"osmesa": "OSMesa", "egl": "EGL"}
+_SWITCHES = ("enable", "enabled", "on", "true", "1", "disable", "disabled", "off", "false", "0")
+_BACKENDS = ("", "glfw", "glx", *_LIBRARY, *_SWITCHES)  # importing mujoco fails with any other value
 
 
 def choose_backend() -> None:
     """Set `MUJOCO_GL` if nobody has, there is no display, and a headless library is installed.
 
     Raises:
-        SimulatorError: `MUJOCO_GL` names a headless library that this machine does not have.
+        SimulatorError: `MUJOCO_GL` names no backend of MuJoCo's, or a library that this machine does not have.
     """
     if sys.platform != "linux" or "mujoco" in sys.modules:
         return
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if chosen not in _BACKENDS:
+        raise SimulatorError(
+            f"MUJOCO_GL: osmesa (software), egl (GPU) or glfw (with a display) required, got {chosen!r}. "
+            "Unset it to have one chosen."
+        )
     if chosen in _LIBRARY and ctypes.util.find_library(_LIBRARY[chosen]) is None:
         raise SimulatorError(f"MUJOCO_GL={chosen} needs lib{_LIBRARY[chosen]}, which was not found. {INSTALL}")
     if chosen or _display():

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldline.data.clips import strided
 from worldline.diffusion import LevelDistribution
 from worldline.errors import SpecMismatch
 from worldline.tokenizers import Tokenizer, load_tokenizer, whiten
 from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, fit_normalizers, open_datasets
 from worldline.trainers.loop import LoopConfig, train
-from worldline.types import Clip
+from worldline.types import Clip, WorldSpec, require_match
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,9 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     cameras = [c.name for c in tokenizer.cameras]
     training = open_datasets(config.data, "train", cameras=cameras, max_episodes=config.max_episodes)
     held_out = open_datasets(config.data, "held-out", cameras=cameras)
+    model = (
+        None if config.init_from is None else _trained(config, config.init_from, tokenizer, training[0].dataset.spec)
+    )
     claim_output(
         config.out,
         "world-model",
@@ -156,14 +160,7 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
     batches = LatentBatches(training, tokenizer, starts=config.starts, **options)
-    if config.init_from:
-        model = AutoregressiveWorldModel.from_pretrained(config.init_from)
-        model.config = replace(config.model, network=model.config.network)
-        if model.spec != batches.spec:
-            raise SpecMismatch(
-                f"--init-from {config.init_from}: a world model of the same spec and tokenizer is required"
-            )
-    else:
+    if model is None:
         torch.manual_seed(config.loop.seed)
         actions, poses = fit_normalizers(training)
         model = AutoregressiveWorldModel(config.model, batches.spec, action_normalizer=actions, pose_normalizer=poses)
@@ -175,3 +172,21 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
         "weights": sum(p.numel() for p in model.parameters()),
     }
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)
+
+
+def _trained(config: TrainWorldModel, folder: Path, tokenizer: Tokenizer, data: WorldSpec) -> AutoregressiveWorldModel:
+    """The model to go on from, with the settings of `config` for all but its network. Raises `SpecMismatch` if it was
+    trained with another tokenizer or on data of another kind."""
+    model = AutoregressiveWorldModel.from_pretrained(folder)
+    if model.latent_spec != tokenizer.latent_spec:
+        raise SpecMismatch(
+            f"--init-from {folder}: the tokenizer it was trained with is required ({model.latent_spec.fingerprint}), got "
+            f"{tokenizer.fingerprint} in {config.tokenizer}. A world model's folder keeps its own in tokenizer/: use "
+            f"--tokenizer {folder}/tokenizer."
+        )
+    fields = ("cameras", "fps", "control_steps", "action", "pose_names")
+    require_match(
+        strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields
+    )
+    model.config = replace(config.model, network=model.config.network)
+    return model

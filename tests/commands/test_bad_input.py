@@ -232,6 +232,10 @@ def test_a_policy_or_scorer_of_another_kind(lab: Lab, worldline: Run, tmp_path: 
             said = worldline(*rank(lab, tmp_path / "out", lab.bc, lab.other, scorer=copy))
         assert said.code == 2 and "Traceback" not in said.err
         assert "camera rgb: required 32x32, got 64x64" in said.err or "the weights do not fit the model" in said.err
+    hasty = Path(shutil.copytree(lab.scorer, tmp_path / "hasty"))
+    spec = json.loads((hasty / "spec.json").read_text()) | {"fps": 2.5}
+    (hasty / "spec.json").write_text(json.dumps(spec))
+    refused(worldline(*rank(lab, tmp_path / "out", lab.bc, lab.other, scorer=hasty)), "fps: required 2.5, got")
     assert not (tmp_path / "out").exists()
 
 

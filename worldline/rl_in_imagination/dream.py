@@ -148,7 +148,9 @@ def rollout(
     if policy is not None:
         require_match(dream.spec, policy.spec, between="world model and policy")
     if scorer is not None:
-        require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+        require_match(
+            dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "fps", "control_steps")
+        )
     executor = None if policy is None else ChunkExecutor(policy)
     parts = []
     groups = torch.arange(len(starts)).split(batch)

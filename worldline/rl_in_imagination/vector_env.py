@@ -68,7 +68,7 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
                 f"num_envs, horizon and starts must be at least 1, got {num_envs}, {horizon} and {len(starts)}"
             )
         spec = dream.spec
-        require_match(spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+        require_match(spec, scorer.spec, between="world model and scorer", only=("cameras", "fps", "control_steps"))
         own = getattr(scorer, "config", None)
         self.threshold = getattr(own, "threshold", 0.5) if threshold is None else threshold
         self.persist = getattr(own, "persist", 1) if persist is None else persist

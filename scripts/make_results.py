@@ -3,7 +3,7 @@
     python scripts/make_results.py --tasks drawer-open-v3 door-open-v3 button-press-topdown-v3 --seeds 2 --out results
 
 What takes hours here is deepened on a bigger machine with the same command and a larger --budget: budgets multiply the
-training steps of --budget 1 (about an hour of two CPU cores a task and seed). Everything is kept in --out; run the same
+training steps of --budget 1 (about an hour of one CPU core a task and seed, recordings and policies aside). Everything is kept in --out; run the same
 command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import result_tables
 import tyro
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.ranking import Rank, run_rank
 from worldline.commands.recording import Record, run_record
-from worldline.eval.world_model import HORIZONS
 from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 
@@ -251,62 +251,27 @@ def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) 
     return rank(config, home, task, judge)
 
 
-def ranking_row(task: str, seed: int, found: dict[str, Any]) -> str:
-    s = found["statistics"]
-    corrected = (found["corrected"] or {}).get("pearson", {}).get("corrected")
-
-    def span(interval: dict[str, float] | None) -> str:
-        return "–" if interval is None else f"[{interval['low']:.2f}, {interval['high']:.2f}]"
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    floor = s["mmrv_perfect_floor"]
-    cells = [
-        task,
-        str(seed),
-        str(len(s["policies"])),
-        number(s["pearson"]),
-        span(s["pearson_interval_policy"]),
-        span(s["pearson_interval_rollouts"]),
-        number(s["pearson_independent"]),
-        number(s["spearman"]),
-        number(s["mmrv"]),
-        f"{floor['mean']:.3f} {span(floor)}" if floor else "–",
-        f"{s['bias']:+.3f}",
-        number(s["top1_regret"]),
-        number(corrected),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
 def main(config: MakeResults) -> None:
-    lines = [
-        "| task | seed | baseline | camera | frame | gain on moved pixels, dB [95%] | episodes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    heads = [
-        "| task | seed | policies | r | policy 95% | rollout 95% | r, one a lineage | ρ | MMRV | perfect model's MMRV | bias | regret | r corrected |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    ranks, seen = list(heads), list(heads)
+    dreams, ranks, seen, rates = [], [], [], []
     for task in config.tasks:
         home = prepare(config, task)
+        rankings = []
         for seed in range(config.seeds):
             evaluated, ranked = run_seed(config, home, task, seed)
-            lines += [
-                f"| {task} | {seed} | {r['baseline']} | {r['camera']} | {r['horizon']} | "
-                f"{r['gain_db']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}] | {r['episodes']} |"
-                for r in (evaluated["against"] if evaluated else ())
-                if r["horizon"] in HORIZONS
-            ]
-            ranks.append(ranking_row(task, seed, ranked))
+            if evaluated:
+                dreams += [f"{task}, seed {seed}", result_tables.world_model(evaluated)]
+                dreams += [result_tables.object_position(evaluated)]
+            rankings.append(ranked)
+            ranks.append(result_tables.ranking_row(task, seed, ranked))
             if config.ranked_rollouts:
-                seen.append(ranking_row(task, seed, run_seed_with_ranked(config, home, task, seed)))
-    text = "\n".join(["World models", "", *lines, "", "Rankings", "", *ranks, ""])
+                found = run_seed_with_ranked(config, home, task, seed)
+                seen.append(result_tables.ranking_row(task, seed, found))
+        rates += [task, result_tables.policies(rankings)]
+    sections = ["World models", *dreams, "Rankings", result_tables.table(result_tables.RANKING, ranks), *rates]
     if config.ranked_rollouts:
         title = f"Rankings by world models that also saw {config.ranked_rollouts} rollouts of every ranked policy"
-        text += "\n".join(["", title, "", *seen, ""])
+        sections += [title, result_tables.table(result_tables.RANKING, seen)]
+    text = "\n\n".join(sections) + "\n"
     (config.out / "tables.md").write_text(text)
     print(text)
 

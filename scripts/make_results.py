@@ -3,8 +3,8 @@
     python scripts/make_results.py --tasks drawer-open-v3 door-open-v3 button-press-topdown-v3 --seeds 2 --out results
 
 What takes hours here is deepened on a bigger machine with the same command and a larger --budget: budgets multiply the
-training steps of --budget 1 (about an hour of one CPU core a task and seed, recordings and policies aside). Everything is kept in --out; run the same
-command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
+training steps of --budget 1 (about an hour of one CPU core a task and seed, recordings and policies aside). Everything is
+kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
 """
 
 import json

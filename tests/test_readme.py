@@ -23,8 +23,13 @@ from worldline.eval.report import REPORT_KEYS
 from worldline.worldmodels import load_world_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = [page.name for page in PAGES]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("checkpoints/*/*.md")),
+]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -103,9 +108,9 @@ def test_the_recipe_for_droid_runs_from_the_drawing_to_the_dream(
 
 
 def test_command_lines_parse(parse: Any) -> None:
-    commands = [(p.name, w) for p in PAGES for b in blocks(p, "bash") for w in command_lines(b) if w[0] == "worldline"]
+    commands = [(p, w) for p in PAGES for b in blocks(p, "bash") for w in command_lines(b) if w[0] == "worldline"]
     verbs = {
-        (words[1], words[2]) if words[1] == "train" else (words[1],) for name, words in commands if name == "README.md"
+        (words[1], words[2]) if words[1] == "train" else (words[1],) for page, words in commands if page == PAGES[0]
     }
     wanted = {(verb,) for verb in cli.VERBS if verb != "train"} | {("train", stage) for stage in cli.STAGES}
     assert verbs == wanted, "the README shows every verb and every stage"
@@ -132,6 +137,7 @@ def test_command_lines_of_scripts_parse(monkeypatch: pytest.MonkeyPatch) -> None
     assert commands
     for words in commands:
         monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.syspath_prepend(str((ROOT / words[1]).parent))  # as python itself does
         with pytest.raises(Parsed):
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fresh machine: sets everything up, then runs the main job on a small budget: record robot video, train a world model on
 # it, rank policies by imagined rollouts, and hold the ranking against the simulator.
-#   ./scripts/quickstart.sh                      about 22 minutes on 2 cores after installation
+#   ./scripts/quickstart.sh                      about 21 minutes on 2 cores after installation
 #   ./scripts/quickstart.sh --budget smallest    under 15 minutes: everything runs, nothing is good
 #   ./scripts/quickstart.sh --budget hours       the same, trained longer
 #   --task TASK (drawer-open-v3)   --out DIR (quickstart-TASK)   --seed N

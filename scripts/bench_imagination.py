@@ -26,8 +26,9 @@ from worldline.policies import ClonedPolicy, PolicyConfig
 from worldline.rl_in_imagination.dream import Dream, Timer
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
 from worldline.tokenizers import AutoencoderConfig, AutoencoderTokenizer, Tokenizer, build_autoencoder
+from worldline.trainers.world_model import PRESETS
 from worldline.types import ActionSpec, CameraSpec, Clip, Imagination, Observation, TensorState, WorldSpec
-from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig, load_world_model
+from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
 
 PARTS = ("denoiser", "decoder", "policy", "scorer")
 GOAL = 0.05  # share of the wall time that may be spent outside the parts
@@ -91,7 +92,7 @@ def tiny_models() -> tuple[AutoregressiveWorldModel, Tokenizer, ClonedPolicy, Su
     spec = WorldSpec(cameras=cameras, fps=10.0, control_steps=4, action=action, pose_names=names)
     unit = RobustNormalizer(low=(-1.0,) * 4, high=(1.0,) * 4)
     normalizers: dict[str, Any] = {"action_normalizer": unit, "pose_normalizer": unit}
-    config = AutoregressiveConfig(network=TransformerConfig())
+    config = PRESETS["tiny"][1]["model"]
     world = AutoregressiveWorldModel(config, replace(spec, latent=tokenizer.latent_spec), **normalizers)
     policy = ClonedPolicy(PolicyConfig(), spec, **normalizers)
     return world.eval(), tokenizer, policy.eval(), SuccessScorer(SuccessConfig(), spec).eval()

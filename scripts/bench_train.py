@@ -35,7 +35,8 @@ from worldline.trainers.speed import build_optimizers, compile_network
 from worldline.trainers.world_model import PRESETS
 from worldline.types import ActionSpec, CameraSpec, Clip, LatentSpec, WorldSpec
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
-from worldline.worldmodels.transformer import FrameBatch, banded_causal_mask
+from worldline.worldmodels.ports import FrameBatch
+from worldline.worldmodels.transformer import banded_causal_mask
 
 SHARE_GOAL = 0.6
 PUBLISHED = {"forward_ms": 750.0, "step_ms": 2262.0, "streaming": 0.85}  # the leanest published implementation
@@ -227,7 +228,7 @@ def measure_reference(repeats: int, compile: bool) -> dict[str, float]:
     mask = banded_causal_mask(8, 8, device)
 
     def forward() -> Tensor:
-        latents, poses, _ = model.network(frames, mask)
+        latents, poses, _ = model.network(model.body, frames, mask)
         return (latents["camera0"] - z).square().mean() + (poses - pose).square().mean()
 
     def stream() -> None:

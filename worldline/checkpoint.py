@@ -172,9 +172,19 @@ def save_part(
     )
 
 
-def load_tensors(module: torch.nn.Module, folder: str | Path) -> None:
-    """Strictly load `model.safetensors` into `module`. Raises `CheckpointError` naming what is missing or of another shape."""
+def load_tensors(
+    module: torch.nn.Module,
+    folder: str | Path,
+    *,
+    renew: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
+    """Strictly load `model.safetensors` into `module`. Raises `CheckpointError` naming what is missing or of another shape.
+
+    `renew` gives the tensors of older checkpoints their present names.
+    """
     tensors = read_tensors(Path(folder) / "model.safetensors")
+    if renew is not None:
+        tensors = renew(tensors)
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own if name not in tensors]
     wrong += [f"not expected {name}" for name in tensors if name not in own]
@@ -188,17 +198,24 @@ def load_tensors(module: torch.nn.Module, folder: str | Path) -> None:
     module.load_state_dict(tensors)
 
 
-def load_part(folder: str | Path, *, part: str, build: Callable[[Any, WorldSpec, str], M]) -> M:
+def load_part(
+    folder: str | Path,
+    *,
+    part: str,
+    build: Callable[[Any, WorldSpec, str], M],
+    renew: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> M:
     """A trained part in evaluation mode, from a folder or the Hugging Face Hub: the counterpart of `save_part`.
 
     `build(config, spec, source)` makes the untrained module from what was saved; `source` names the config in errors.
+    `renew` as in `load_tensors`.
     Raises `CheckpointError` if the folder is not such a part or its weights do not fit.
     """
     folder = resolve(folder)
     config = load_config(folder, part=part)["config"]
     spec = from_json(WorldSpec, read_json(folder / "spec.json"), source=f"{folder}/spec.json")
     module = build(config, spec, f"{folder}/config.json")
-    load_tensors(module, folder)
+    load_tensors(module, folder, renew=renew)
     return module.eval()
 
 

@@ -14,8 +14,8 @@ Time alignment, stated once::
                |-----------|-----------|
     block      actions[:,0]  actions[:,1]                actions "b t-1 k a"
 
-`actions[:, i]` is the action block that takes frame i to frame i+1: the k control actions sent between them, in the
-order sent, in physical units, as the environment consumed them (after its own clipping).
+`actions[:, i]` takes frame i to frame i+1: the k control actions sent between them, in that order, in physical units, as
+the environment consumed them (after its own clipping).
 
 Everything here is a frozen dataclass or a Protocol. Images are uint8 in [0, 255]; latents are raw (un-whitened) float;
 noise levels are floats in [0, 1], 0 = clean data, 1 = pure noise. *Absent* is never a level: it is a separate mask.
@@ -105,10 +105,7 @@ def require_match(
     between: str,
     only: Sequence[str] = ("cameras", "control_steps", "action", "pose_names"),
 ) -> None:
-    """Raise `SpecMismatch` listing every differing field. `only` names the `WorldSpec` fields compared.
-
-    Cameras may be a superset: all that `required` names must be provided, at the same size.
-    """
+    """Raise `SpecMismatch` listing every differing field of `only`. Cameras may be more than those required."""
     lines: list[str] = []
     for name in only:
         want, got = getattr(required, name), getattr(provided, name)
@@ -182,6 +179,8 @@ class Clip:
     actions: Float[Tensor, "b t-1 k a"]  # k is frames_per_latent times the control steps where frames are latents
     present: Mapping[str, Bool[Tensor, " b"]] = field(default_factory=dict)  # cameras not named are present everywhere
     instruction: tuple[str, ...] = ()
+    lead: int = 0  # the first so many frames are what came before: for memory, not for a loss
+    led: Int[Tensor, " b"] | None = None  # how many of those are there, the last ones; the others are zeros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,9 @@ from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import whiten
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 from worldline.worldmodels.guesses import motion_of
-from worldline.worldmodels.transformer import FrameBatch, banded_causal_mask, teacher_forcing_mask
+from worldline.worldmodels.ports import FrameBatch
+from worldline.worldmodels.streaming import Frame
+from worldline.worldmodels.transformer import banded_causal_mask, teacher_forcing_mask
 
 
 def small_model(seed: int = 0, actions: bool = True, **options) -> AutoregressiveWorldModel:
@@ -56,9 +58,14 @@ def motions(poses: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows, 1)
 
 
+def frame_of(latents: dict, pose: torch.Tensor) -> Frame:
+    return Frame(latents=latents, pose=pose, seen={c: torch.ones(len(pose), dtype=torch.bool) for c in latents})
+
+
 def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torch.Tensor]:
     """All frames at level 0 at once under the banded causal mask, without a cache."""
-    frames, poses, actions = model._network_units(clip)
+    units = model._network_units(clip)
+    frames, poses, actions = units.frames, units.poses, units.actions
     shift = lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)  # noqa: E731
     b, t = poses.shape[:2]
     batch = FrameBatch(
@@ -71,9 +78,10 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
         action=torch.cat([torch.zeros(b, 1, 4), actions], 1),
         has_action=torch.arange(t).expand(b, t) > 0,
         time=torch.arange(t),
+        previous_seen={c: torch.arange(t).expand(b, t) > 0 for c in frames},
     )
     with torch.no_grad():
-        out, pose, _ = model.network(batch, banded_causal_mask(t, model.config.network.window))
+        out, pose, _ = model.network(model.body, batch, banded_causal_mask(t, model.config.network.window))
     return out["top"], pose
 
 
@@ -81,18 +89,17 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
 def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, frames):
     clip = encoded(dot_clip(2, frames, 3), dot_tokenizer())
     expected, expected_pose = full_pass(model, clip)
-    units, poses, actions = model._network_units(clip)
+    units = model._network_units(clip)
+    poses, actions = units.poses, units.actions
     state = model.observe(
         replace(clip, frames={"top": clip.frames["top"][:, :1]}, poses=clip.poses[:, :1], actions=clip.actions[:, :0])
     )
     for i in range(1, frames):
-        out, pose = model._network_step(
-            state, {"top": units["top"][:, i]}, poses[:, i], torch.zeros(2), actions[:, i - 1]
-        )
+        latents = {"top": units.frames["top"][:, i]}
+        out, pose = model.streaming.step(state, frame_of(latents, poses[:, i]), torch.zeros(2), actions[:, i - 1])
         assert torch.allclose(out["top"], expected[:, i], atol=1e-4)
         assert torch.allclose(pose, expected_pose[:, i], atol=1e-4)
         motion = motion_of(poses[:, i], poses[:, i - 1], actions[:, i - 1])
-        latents = {"top": units["top"][:, i]}
         state = replace(state, frames=state.frames + 1, latents=latents, pose=poses[:, i], motion=motion)
     observed = model.observe(clip)
     assert torch.allclose(observed.cache, state.cache, atol=1e-4)
@@ -102,7 +109,8 @@ def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, fr
 def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
     """The doubled pass at level 1 with clean history predicts what one solver step in the dream predicts."""
     clip = encoded(dot_clip(2, 7, 3), dot_tokenizer())
-    frames, poses, actions = model._network_units(clip)
+    units = model._network_units(clip)
+    frames, poses, actions = units.frames, units.poses, units.actions
     t = 7
     shift = lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)  # noqa: E731
     noise, pose_noise = torch.randn(2, t - 1, *frames["top"].shape[2:]), torch.randn(2, t - 1, 2)
@@ -119,9 +127,10 @@ def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
         action=torch.cat([shift(actions), actions], 1),
         has_action=has_action,
         time=torch.cat([torch.arange(t - 1), torch.arange(1, t)]),
+        previous_seen={"top": has_action},
     )
     with torch.no_grad():
-        trained, _, _ = model.network(batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
+        trained, _, _ = model.network(model.body, batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
     for i in range(1, t):
         state = model.observe(
             replace(
@@ -131,9 +140,8 @@ def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
                 actions=clip.actions[:, : i - 1],
             )
         )
-        streamed, _ = model._network_step(
-            state, {"top": noise[:, i - 1]}, pose_noise[:, i - 1], torch.ones(2), actions[:, i - 1]
-        )
+        noisy = frame_of({"top": noise[:, i - 1]}, pose_noise[:, i - 1])
+        streamed, _ = model.streaming.step(state, noisy, torch.ones(2), actions[:, i - 1])
         assert torch.allclose(streamed["top"], trained["top"][:, i - 1], atol=1e-4)
 
 
@@ -268,7 +276,8 @@ def test_a_view_is_guessed_without_its_own_history():
     clip = two_view_clip(3, 5, 0)
     guesses = []
     for hidden in (None, "side"):
-        frames, poses, actions = model._network_units(clip)
+        units = model._network_units(clip)
+        frames, poses, actions = dict(units.frames), units.poses, units.actions
         if hidden:
             frames[hidden] = torch.randn_like(frames[hidden])
         batch = FrameBatch(
@@ -282,7 +291,7 @@ def test_a_view_is_guessed_without_its_own_history():
             has_action=torch.ones(3, 5, dtype=torch.bool),
             time=torch.arange(5),
         )
-        guesses.append(model.network.guesses(batch).views)
+        guesses.append(model.port.guesses(batch).views)
     assert torch.equal(guesses[0]["side"], guesses[1]["side"])
     assert not torch.allclose(guesses[0]["top"], guesses[1]["top"])
 

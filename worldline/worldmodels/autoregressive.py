@@ -1,19 +1,20 @@
 """The autoregressive-denoising world model: denoises one frame at a time from clean (or slightly noised) history.
 
-- Training is a doubled pass: every frame stands once in a history stream (clean, or at a small level that the network is
-  told) and once in a target stream at a level of its own. A target sees exactly what streaming will show it: the history
-  before it within the window. So one pass supervises every frame, at one-frame contexts and full windows alike.
+- Training is a doubled pass (`doubled_pass`): every frame stands once in a history stream (clean, or at a small level that the
+  network is told) and once in a target stream at a level of its own. A target sees exactly what streaming will show it. So
+  one pass supervises every frame, at one-frame contexts and full windows alike.
 - Levels carry atoms at exactly 0 (history) and exactly 1 (targets): the levels at which sampling asks.
 - The network predicts clean latents and poses together; the linear path makes one solver step the conditional mean and
   more steps a sample. The loss is the flow-matching loss, its weight 1/level^2 capped.
+- A frame's memories (`memory`) are looked up and encoded once, whatever the number of solver steps.
 - Everything physical stays outside the network: actions and poses are normalised by the statistics saved here.
 
-Sources: Astra 2512.08931 and Ctrl-World 2510.10125 (per-frame action conditioning, noise-augmented history), Diffusion
-Forcing 2407.01392 (a level per frame).
+Sources: Astra 2512.08931 and Ctrl-World 2510.10125 (per-frame action conditioning, noise-augmented history, memory by pose,
+action-free guidance), Diffusion Forcing 2407.01392 (a level per frame).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +25,20 @@ from torch import Tensor, nn
 
 from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer
-from worldline.diffusion import LevelDistribution, add_noise, linear_path, row_noise, sample_euler, solver_levels
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
-from worldline.worldmodels.guesses import STEP, motion_of
+from worldline.worldmodels.config import AutoregressiveConfig
+from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
+from worldline.worldmodels.guesses import STEP
+from worldline.worldmodels.language import text_encoder
+from worldline.worldmodels.memory import Memories, recall_in_training
+from worldline.worldmodels.ports import ONLY, Body, FrameBatch, Port
 from worldline.worldmodels.state import StreamState
-from worldline.worldmodels.transformer import FrameBatch, SpaceTimeTransformer, TransformerConfig, teacher_forcing_mask
+from worldline.worldmodels.streaming import Frame, Streaming
+from worldline.worldmodels.transformer import SpaceTimeTransformer, teacher_forcing_mask
 
 KIND = "autoregressive"
-_HISTORY_DRAW = 1_000  # noise of the history level must differ from that of every solver step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoregressiveConfig:
-    """Sizes, levels shown in training, and how sampling is done."""
-
-    network: TransformerConfig = field(default_factory=TransformerConfig)
-    history: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.5, high=0.3))
-    target: LevelDistribution = field(default_factory=lambda: LevelDistribution(pure=0.5, low=0.02))
-    max_weight: float = 4.0  # cap of the loss weight 1/level^2
-    pose_weight: float = 30.0  # a frame changes a normalised pose by about 0.1: squared, little beside the latents
-    solver_steps: int = 1
-    history_level: float = 0.0  # level given to finished frames when they become history in sampling
-
-    def __post_init__(self) -> None:
-        if not self.history.contains(self.history_level):
-            raise ValueError(
-                f"history_level must be a level that training shows to history ({self.history}), got {self.history_level}"
-            )
-        for level in solver_levels(self.solver_steps)[:-1].tolist():
-            if not self.target.contains(level):
-                raise ValueError(
-                    f"solver_steps={self.solver_steps} asks for level {level:g}, which training never shows ({self.target})"
-                )
 
 
 class AutoregressiveWorldModel(nn.Module):
@@ -78,20 +59,20 @@ class AutoregressiveWorldModel(nn.Module):
         pose_normalizer: RobustNormalizer,
     ) -> None:
         super().__init__()
-        if spec.latent is None:
-            raise SpecMismatch("a world model requires a spec with latents (spec.latent), got none: choose a tokenizer")
-        if spec.latent.frames_per_latent != 1:
-            raise SpecMismatch(
-                f"this world model takes one latent a frame, the tokenizer packs {spec.latent.frames_per_latent}"
-            )
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.body = config, spec, ONLY
         self.action_normalizer, self.pose_normalizer = action_normalizer, pose_normalizer
+        encoder = text_encoder(config.text)
         self.network = SpaceTimeTransformer(
-            config.network,
-            spec.latent.shapes,
-            pose_dim=len(spec.pose_names),
-            action_dim=spec.control_steps * spec.action.dim,
+            config.network, {self.body: body_of(spec)}, text_dim=0 if encoder is None else encoder.dim
         )
+
+    @property
+    def port(self) -> Port:
+        return self.network.port(self.body)
+
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming(network=self.network, body=self.body, config=self.config)
 
     @property
     def latent_spec(self) -> LatentSpec:
@@ -117,47 +98,48 @@ class AutoregressiveWorldModel(nn.Module):
 
         Levels and noise are drawn on the CPU from `generator`, so that they do not depend on the device.
         """
-        frames, poses, actions = self._network_units(clip)
+        whole = self._network_units(clip)
+        own = whole.after(clip.lead)
+        frames, poses = own.frames, own.poses
         b, t = poses.shape[:2]
         history_level = self.config.history.sample((b, t - 1), generator).to(self.device)
         target_level = self.config.target.sample((b, t - 1), generator).to(self.device)
-
-        def noised(clean: Tensor, level: Tensor) -> Tensor:
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            return add_noise(linear_path, clean, noise, level)
-
-        history = {camera: noised(z[:, :-1], history_level) for camera, z in frames.items()}
-        target = {camera: noised(z[:, 1:], target_level) for camera, z in frames.items()}
-        pose_history, pose_target = noised(poses[:, :-1], history_level), noised(poses[:, 1:], target_level)
-        before = torch.cat([poses[:, :1], poses[:, :-2]], 1)
-        motion = motion_of(poses[:, :-1], before, _shift(actions))  # of the frame before each target
-        has_action = torch.ones(b, 2 * t - 2, dtype=torch.bool, device=self.device)
-        has_action[:, 0] = False
-        time = torch.arange(t, device=self.device)
-        batch = FrameBatch(
-            latents={camera: torch.cat([history[camera], target[camera]], 1) for camera in frames},
-            previous={camera: torch.cat([_shift(history[camera]), history[camera]], 1) for camera in frames},
-            pose=torch.cat([pose_history, pose_target], 1),
-            previous_pose=torch.cat([_shift(pose_history), pose_history], 1),
-            motion=torch.cat([_shift(motion), motion], 1),
-            level=torch.cat([history_level, target_level], 1),
-            action=torch.cat([_shift(actions), actions], 1),
-            has_action=has_action,
-            time=torch.cat([time[:-1], time[1:]]),
+        told = None
+        if self.config.action_dropout:
+            told = (torch.rand(b, t - 1, generator=generator) >= self.config.action_dropout).to(self.device)
+        seen = self._seen_in_training(clip, t - 1, generator)
+        batch = doubled_batch(
+            own,
+            history_level=history_level,
+            target_level=target_level,
+            told=told,
+            seen=seen,
+            generator=generator,
         )
         mask = teacher_forcing_mask(t - 1, self.config.network.window, self.device)
-        predicted, predicted_pose, guessed = self.network(batch, mask, slice(t - 1, None))
+        targets = slice(t - 1, None)
+        memories = self._memories_in_training(clip, whole, batch.keep(targets), seen)
+        predicted, predicted_pose, guessed = self.network(self.body, batch, mask, targets, memories)
 
         weight = (1 / target_level.clamp(min=1e-3) ** 2).clamp(max=self.config.max_weight)
-        per_camera = {c: (predicted[c] - frames[c][:, 1:]).square().mean((2, 3, 4)) for c in frames}
+        there = {c: clip.present[c].to(self.device)[:, None] if c in clip.present else None for c in frames}
+
+        def error(made: Tensor, camera: str) -> Tensor:
+            """ "b t-1": zero where the data has no such camera."""
+            missed = (made - frames[camera][:, 1:]).square().mean((2, 3, 4))
+            mask = there[camera]
+            return missed if mask is None else missed * mask
+
+        per_camera = {c: error(predicted[c], c) for c in frames}
         pose_error = (predicted_pose - poses[:, 1:]).square().mean(2) if poses.shape[2] else torch.zeros_like(weight)
         loss = sum(((weight * e).mean() for e in per_camera.values()), torch.zeros((), device=self.device))
         loss = loss / len(per_camera) + self.config.pose_weight * (weight * pose_error).mean()
-        guess_error = {c: (z - frames[c][:, 1:]).square().mean() for c, z in guessed.views.items()}
+        guess_error = {c: error(z, c).mean() for c, z in guessed.views.items()}
         loss = loss + sum(guess_error.values(), torch.zeros((), device=self.device)) / max(1, len(guess_error))
         if guessed.pose is not None:
             # contacts move an arm as it cannot foresee: they must not rule what it learns
-            miss = F.smooth_l1_loss(guessed.pose / STEP, poses[:, 1:] / STEP, beta=0.2)
+            miss = F.smooth_l1_loss(guessed.pose / STEP, poses[:, 1:] / STEP, beta=0.2, reduction="none").mean(2)
+            miss = miss.mean() if told is None else (miss * told).sum() / told.sum().clamp(min=1)
             loss = loss + miss
             guess_error["pose"] = miss
         pure = target_level == 1
@@ -165,11 +147,60 @@ class AutoregressiveWorldModel(nn.Module):
         metrics |= {f"one_step_error/{c}": _mean_where(e, pure) for c, e in per_camera.items()}
         return loss, metrics | {"one_step_error/pose": _mean_where(pose_error, pure)}
 
-    def _network_units(self, clip: Clip) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _seen_in_training(self, clip: Clip, frames: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """camera -> "b frames", which history frames hold it. Empty if nothing is ever missing."""
+        if not (self.config.camera_dropout or clip.present):
+            return {}
+        seen: dict[str, Tensor] = {}
+        for camera in self.port.keys:
+            since = torch.zeros(len(clip.poses), dtype=torch.long)
+            if self.config.camera_dropout:
+                missing = torch.rand(len(since), generator=generator) < self.config.camera_dropout
+                since = torch.where(missing, torch.randint(1, frames + 1, since.shape, generator=generator), since)
+            there = torch.arange(frames) >= since[:, None]
+            if camera in clip.present:
+                there = there & clip.present[camera].cpu()[:, None]
+            seen[camera] = there.to(self.device)
+        return seen
+
+    def _memories_in_training(
+        self, clip: Clip, whole: NetworkClip, targets: FrameBatch, seen: Mapping[str, Tensor]
+    ) -> Memories | None:
+        """What each target is shown of the frames before it; `seen` as of the history, for the clip's own frames."""
+        config = self.config.network
+        if not config.memory.size:
+            return None
+        b, e = whole.poses.shape[:2]
+        length = torch.full((b,), e - clip.lead)
+        led = length if clip.led is None else length + clip.led.cpu()
+        always = torch.ones(b, dtype=torch.bool, device=self.device)
+        there = {}
+        for camera in whole.frames:
+            before = clip.present.get(camera, always).to(self.device)[:, None].expand(b, clip.lead)
+            own = seen.get(camera, always[:, None].expand(b, e - clip.lead - 1))
+            there[camera] = torch.cat([before, own, always[:, None]], dim=1)
+        query = self.port.foretell(targets)
+        return recall_in_training(
+            whole.frames, there, whole.poses, led.to(self.device), query, config.memory, config.window
+        )
+
+    def _network_units(self, clip: Clip) -> NetworkClip:
         """Whitened latents, normalised poses, normalised flattened action blocks, on this model's device."""
-        frames = whiten({c: clip.frames[c].to(self.device, torch.float32) for c in self.network.keys}, self.latent_spec)
-        poses = self.pose_normalizer.normalize(clip.poses.to(self.device))
-        return frames, poses, self._flat_actions(clip.actions)
+        there = {c: clip.frames[c].to(self.device, torch.float32) for c in self.port.keys}
+        encoder, text = text_encoder(self.config.text), None
+        if encoder is not None:
+            if len(clip.instruction) != len(clip.poses):
+                raise SpecMismatch(
+                    f"this world model is told the instruction: one for each of {len(clip.poses)} rows required, "
+                    f"got {len(clip.instruction)}"
+                )
+            text = encoder(clip.instruction).to(self.device)
+        return NetworkClip(
+            frames=whiten(there, self.latent_spec),
+            poses=self.pose_normalizer.normalize(clip.poses.to(self.device)),
+            actions=self._flat_actions(clip.actions),
+            text=text,
+        )
 
     def _flat_actions(self, actions: Tensor) -> Tensor:
         return self.action_normalizer.normalize(actions.to(self.device)).flatten(2)
@@ -179,22 +210,17 @@ class AutoregressiveWorldModel(nn.Module):
     @torch.no_grad()
     def observe(self, clip: Clip) -> StreamState:
         """Stream real frames (raw latents "n t c h w", t >= 1) into a fresh state."""
-        frames, poses, actions = self._network_units(clip)
-        n, t = poses.shape[:2]
-        config = self.config.network
-        heads = self.network.tokens_per_frame * config.heads
-        head_width = config.width // config.heads
-        state = StreamState(
-            cache=torch.zeros(n, config.depth, 2, heads, config.window, head_width, device=self.device),
-            frames=torch.zeros(n, dtype=torch.long, device=self.device),
-            latents={camera: torch.zeros_like(z[:, 0]) for camera, z in frames.items()},
-            pose=torch.zeros_like(poses[:, 0]),
-            motion=torch.zeros(n, 2 * poses.shape[2] + self._action_width, device=self.device),
-        )
+        units = self._network_units(clip)
+        n, t = units.poses.shape[:2]
+        state = self.streaming.start(units)
         seeds = torch.zeros(n, dtype=torch.long, device=self.device)
+        always = torch.ones(n, dtype=torch.bool, device=self.device)
+        seen = {camera: clip.present.get(camera, always).to(self.device) for camera in units.frames}
+        nothing = torch.zeros(n, self.port.body.action_dim, device=self.device)
         for i in range(t):
-            action = actions[:, i - 1] if i else torch.zeros(n, self._action_width, device=self.device)
-            state = self._append(state, {c: z[:, i] for c, z in frames.items()}, poses[:, i], action, seeds)
+            latents = {c: z[:, i] * seen[c][:, None, None, None] for c, z in units.frames.items()}
+            frame = Frame(latents=latents, pose=units.poses[:, i], seen=seen)
+            state = self.streaming.append(state, frame, units.actions[:, i - 1] if i else nothing, seeds)
         return state
 
     @torch.no_grad()
@@ -204,74 +230,15 @@ class AutoregressiveWorldModel(nn.Module):
         """The f frames that follow. Actions in physical units; latents come back raw, poses in physical units."""
         flat, seeds = self._flat_actions(actions), seeds.to(self.device)
         state = replace(state, cache=state.cache.clone())  # the rest of this call writes into its own copy
-        latents: dict[str, list[Tensor]] = {camera: [] for camera in self.network.keys}
+        latents: dict[str, list[Tensor]] = {camera: [] for camera in self.port.keys}
         poses = []
         for i in range(flat.shape[1]):
-            frame, pose = self._denoise(state, flat[:, i], seeds)
-            state = self._append(state, frame, pose, flat[:, i], seeds)
-            for camera, z in frame.items():
+            state, frame = self.streaming.next(state, flat[:, i], seeds)
+            for camera, z in frame.latents.items():
                 latents[camera].append(z)
-            poses.append(pose)
+            poses.append(frame.pose)
         stacked = unwhiten({camera: torch.stack(z, 1) for camera, z in latents.items()}, self.latent_spec)
         return state, Imagination(latents=stacked, poses=self.pose_normalizer.denormalize(torch.stack(poses, 1)))
-
-    def _denoise(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        shapes = {camera: z.shape[1:] for camera, z in state.latents.items()} | {"": state.pose.shape[1:]}
-        noise = [row_noise(seeds, state.frames, 0, tuple(s), stream=i) for i, s in enumerate(shapes.values())]
-        sizes = [z[0].numel() for z in noise]
-
-        def unpack(x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            parts = [part.reshape(len(x), *s) for part, s in zip(x.split(sizes, 1), shapes.values())]
-            return dict(zip(state.latents, parts)), parts[-1]
-
-        def predict(x: Tensor, level: Tensor) -> Tensor:
-            frame, pose = unpack(x)
-            clean, clean_pose = self._network_step(state, frame, pose, level, action)
-            return torch.cat([*(z.flatten(1) for z in clean.values()), clean_pose], dim=1)
-
-        start = torch.cat([z.flatten(1) for z in noise], dim=1)
-        return unpack(sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path))
-
-    def _append(
-        self, state: StreamState, frame: Mapping[str, Tensor], pose: Tensor, action: Tensor, seeds: Tensor
-    ) -> StreamState:
-        """Make a finished frame history: write its keys and values, at the history level."""
-        before = torch.where(state.frames[:, None] > 0, state.motion[:, : pose.shape[1]], pose)
-        motion = motion_of(pose, before, action)
-        level = torch.full((len(state),), self.config.history_level, device=self.device)
-        if self.config.history_level:
-
-            def noised(clean: Tensor, stream: int) -> Tensor:
-                noise = row_noise(seeds, state.frames, _HISTORY_DRAW, tuple(clean.shape[1:]), stream=stream)
-                return add_noise(linear_path, clean, noise, level)
-
-            frame = {camera: noised(z, i) for i, (camera, z) in enumerate(frame.items())}
-            pose = noised(pose, len(frame))
-        self._network_step(state, frame, pose, level, action)
-        return replace(state, frames=state.frames + 1, latents=dict(frame), pose=pose, motion=motion)
-
-    def _network_step(
-        self, state: StreamState, frame: Mapping[str, Tensor], pose: Tensor, level: Tensor, action: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """One frame through the network, its keys and values written to the state's cache in place."""
-        slot, visible = state.visible()
-        batch = FrameBatch(
-            latents={camera: z[:, None] for camera, z in frame.items()},
-            previous={camera: z[:, None] for camera, z in state.latents.items()},
-            pose=pose[:, None],
-            previous_pose=state.pose[:, None],
-            motion=state.motion[:, None],
-            level=level[:, None],
-            action=action[:, None],
-            has_action=(state.frames > 0)[:, None],
-            time=state.frames[:, None],
-        )
-        clean, clean_pose = self.network.stream(batch, state.cache, slot, visible)
-        return {camera: z[:, 0] for camera, z in clean.items()}, clean_pose[:, 0]
-
-    @property
-    def _action_width(self) -> int:
-        return self.spec.control_steps * self.spec.action.dim
 
     # --- storage ------------------------------------------------------------------------------------------------------
 
@@ -308,12 +275,34 @@ class AutoregressiveWorldModel(nn.Module):
                 pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
             )
 
-        return checkpoint.load_part(folder, part="world-model", build=build)
+        return checkpoint.load_part(folder, part="world-model", build=build, renew=_with_ports)
 
 
-def _shift(x: Tensor) -> Tensor:
-    """Frame i gets what stood at frame i-1, the first frame zeros."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+def body_of(spec: WorldSpec) -> Body:
+    """The sizes of a spec's data. Raises `SpecMismatch` if its latents are missing or pack several frames."""
+    if spec.latent is None:
+        raise SpecMismatch("a world model requires a spec with latents (spec.latent), got none: choose a tokenizer")
+    if spec.latent.frames_per_latent != 1:
+        raise SpecMismatch(
+            f"this world model takes one latent a frame, the tokenizer packs {spec.latent.frames_per_latent}"
+        )
+    width = spec.control_steps * spec.action.dim
+    return Body(shapes=spec.latent.shapes, pose_dim=len(spec.pose_names), action_dim=width)
+
+
+def _with_ports(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of checkpoints from before a network had ports (one robot, no camera could be missing), by their present names."""
+    if any(name.startswith("network.ports.") for name in tensors):
+        return tensors
+    trunk = ("network.blocks.", "network.embed_level.", "network.final_modulation.")
+    renewed = {}
+    for name, value in tensors.items():
+        renewed[name if name.startswith(trunk) else name.replace("network.", f"network.ports.{ONLY}.", 1)] = value
+        if name.startswith("network.place."):
+            renewed[f"network.ports.{ONLY}.unseen.{name.removeprefix('network.place.')}"] = value.new_zeros(
+                2, value.shape[1]
+            )
+    return renewed
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class ViewGuess(nn.Module):
 class PoseGuess(nn.Module):
     """Guesses the next pose from the last one, its last change, and the last two action blocks: an arm lags its commands.
 
-    Its input `motion` is made by `motion_of`. Frames that no action led to are guessed at 0.
+    Its input `motion` is made by `motion_of`. Where no action is told, the last pose is the guess.
     """
 
     def __init__(self, width: int, pose_dim: int, action_dim: int) -> None:
@@ -72,7 +72,7 @@ class PoseGuess(nn.Module):
     def forward(self, motion: Tensor, action: Tensor, has_action: Tensor) -> Tensor:
         pose, change, before = motion.split([self.pose_dim, self.pose_dim, action.shape[-1]], dim=-1)
         moved = STEP * self.net(torch.cat([pose, change / STEP, before, action], dim=-1))
-        return (pose + moved) * has_action[..., None]
+        return pose + moved * has_action[..., None]
 
 
 def motion_of(pose: Tensor, before: Tensor, action: Tensor) -> Tensor:

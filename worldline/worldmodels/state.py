@@ -1,49 +1,59 @@
-"""The state of a streaming world model: a ring of cached keys and values, the last frame, and each row's frame count."""
+"""The state of a streaming world model: a ring of cached keys and values, the last frame, a bank of older ones, and each row's
+frame count."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from worldline.worldmodels.memory import MemoryBank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
     """n rows that may be at different frames (they are reset independently).
 
-    `cache` is a ring: frame i of a row sits at slot i mod window. Its size does not depend on how long the dream is.
+    `cache` is a ring: frame i of a row sits at slot i mod window. No part's size depends on how long the dream is.
     """
 
     cache: Float[Tensor, "n depth 2 heads window d"]
     frames: Int[Tensor, " n"]  # how many frames the row holds
     latents: Mapping[str, Float[Tensor, "n c _h _w"]]  # whitened last frame, as the network saw it
+    seen: Mapping[str, Bool[Tensor, " n"]]  # whether that camera was there
     pose: Float[Tensor, "n p"]  # normalised last pose, as the network saw it
     motion: Float[Tensor, "n m"]  # of the last frame: its pose without noise, its last change, the block before it
+    text: Float[Tensor, "n e"]  # the instruction; e is 0 where the network is not told it
+    bank: MemoryBank | None
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def index(self, rows: Int[Tensor, " r"]) -> "StreamState":
-        return StreamState(
-            cache=self.cache[rows],
-            frames=self.frames[rows],
-            latents={camera: z[rows] for camera, z in self.latents.items()},
-            pose=self.pose[rows],
-            motion=self.motion[rows],
-        )
+        return self._each(lambda value: value.index(rows) if isinstance(value, MemoryBank) else value[rows])
 
     def where(self, mask: Bool[Tensor, " n"], other: "StreamState") -> "StreamState":
-        def pick(new: Tensor, old: Tensor) -> Tensor:
+        def pick(old: Any, new: Any) -> Any:
+            if isinstance(old, MemoryBank):
+                return old.where(mask, new)
             return torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
 
-        return StreamState(
-            cache=pick(other.cache, self.cache),
-            frames=pick(other.frames, self.frames),
-            latents={camera: pick(other.latents[camera], z) for camera, z in self.latents.items()},
-            pose=pick(other.pose, self.pose),
-            motion=pick(other.motion, self.motion),
-        )
+        return self._each(pick, other)
+
+    def _each(self, function: Callable[..., Any], *others: "StreamState") -> "StreamState":
+        """`function` of each tensor and of the bank, with those at the same place in the other states."""
+
+        def apply(*values: Any) -> Any:
+            if values[0] is None:
+                return None
+            if isinstance(values[0], Mapping):
+                return {key: apply(*(value[key] for value in values)) for key in values[0]}
+            return function(*values)
+
+        parts = {f.name: apply(*(getattr(state, f.name) for state in (self, *others))) for f in fields(self)}
+        return StreamState(**parts)
 
     def visible(self) -> tuple[Int[Tensor, " n"], Bool[Tensor, "n window"]]:
         """For the next frame of each row: its slot, and the slots it may attend to once it is written there."""

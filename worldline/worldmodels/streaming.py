@@ -1,0 +1,179 @@
+"""Frame by frame through the network with a key-value cache: denoise the next frame, then make it history.
+
+All in the network's units (whitened latents, normalised poses and blocks). A frame costs one pass a solver step (two with
+guidance) and one that writes it to the cache, unless the solver's last step serves as that (`cache_write`); the cost does not
+depend on how many frames there were. Its memories are looked up and encoded once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from worldline.diffusion import add_noise, linear_path, row_noise, sample_euler, solver_levels
+from worldline.worldmodels.config import AutoregressiveConfig
+from worldline.worldmodels.doubled_pass import NetworkClip
+from worldline.worldmodels.guesses import motion_of
+from worldline.worldmodels.memory import MemoryBank, frame_content, recall
+from worldline.worldmodels.ports import FrameBatch
+from worldline.worldmodels.state import StreamState
+from worldline.worldmodels.transformer import ReadMemory, SpaceTimeTransformer
+
+_HISTORY_DRAW = 1_000  # noise of the history level must differ from that of every solver step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One frame of n rows. Cameras that a row does not see are zeros."""
+
+    latents: Mapping[str, Tensor]  # camera -> "n c h w"
+    pose: Tensor  # "n p"
+    seen: Mapping[str, Tensor]  # camera -> "n" bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """The network of one embodiment, and how it is sampled."""
+
+    network: SpaceTimeTransformer
+    body: str
+    config: AutoregressiveConfig
+
+    def start(self, clip: NetworkClip) -> StreamState:
+        """A state of n rows that hold no frame yet. Of `clip` only sizes and instructions are taken."""
+        config, port = self.config.network, self.network.port(self.body)
+        n, p = len(clip.poses), clip.poses.shape[2]
+        device = clip.poses.device
+        blank = {camera: torch.zeros_like(z[:, 0]) for camera, z in clip.frames.items()}
+        unseen = {camera: torch.zeros(n, dtype=torch.bool, device=device) for camera in blank}
+        heads, head_width = port.tokens_per_frame * config.heads, config.width // config.heads
+        return StreamState(
+            cache=torch.zeros(n, config.depth, 2, heads, config.window, head_width, device=device),
+            frames=torch.zeros(n, dtype=torch.long, device=device),
+            latents=blank,
+            seen=unseen,
+            pose=torch.zeros(n, p, device=device),
+            motion=torch.zeros(n, 2 * p + port.body.action_dim, device=device),
+            text=torch.zeros(n, 0, device=device) if clip.text is None else clip.text,
+            bank=MemoryBank.empty(n, config.memory.capacity, p, frame_content(blank, unseen))
+            if config.memory.size
+            else None,
+        )
+
+    def next(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[StreamState, Frame]:
+        """Imagine the frame that `action` "n k*a" leads to, and make it history. Writes into the state's cache."""
+        frame, asked = self._denoise(state, action, seeds)
+        written = asked if self.config.cache_write == "last-step" else None
+        return self.append(state, frame, action, seeds, written=written), frame
+
+    def append(
+        self, state: StreamState, frame: Frame, action: Tensor, seeds: Tensor, *, written: Frame | None = None
+    ) -> StreamState:
+        """Make a finished frame history: at the history level, unless the cache holds it already, as `written`."""
+        before = torch.where(state.frames[:, None] > 0, state.motion[:, : frame.pose.shape[1]], frame.pose)
+        bank = state.bank
+        if bank is not None:
+            kept = state.frames % self.config.network.memory.every == 0
+            bank = bank.push(frame.pose, state.frames, frame_content(frame.latents, frame.seen), kept)
+        held = written
+        if held is None:
+            held = self._as_history(state, frame, seeds)
+            level = torch.full((len(state),), self.config.history_level, device=frame.pose.device)
+            self.step(state, held, level, action)
+        return replace(
+            state,
+            frames=state.frames + 1,
+            latents=held.latents,
+            seen=held.seen,
+            pose=held.pose,
+            motion=motion_of(frame.pose, before, action),
+            bank=bank,
+        )
+
+    def step(
+        self,
+        state: StreamState,
+        frame: Frame,
+        level: Tensor,
+        action: Tensor,
+        *,
+        memory: ReadMemory | None = None,
+        told: bool = True,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One frame at `level` "n" through the network: its clean latents and pose. Its keys and values are written to the
+        state's cache in place. `told`: whether the network is told the action."""
+        slot, visible = state.visible()
+        batch = self._batch(state, frame, level, action, told)
+        clean, pose = self.network.stream(self.body, batch, state.cache, slot, visible, memory)
+        return {camera: z[:, 0] for camera, z in clean.items()}, pose[:, 0]
+
+    def read_memory(self, state: StreamState, action: Tensor) -> ReadMemory | None:
+        """What is remembered for the next frame, as the network reads it. None without a memory."""
+        if state.bank is None:
+            return None
+        last = Frame(latents=state.latents, pose=state.pose, seen=state.seen)
+        query = self.network.port(self.body).foretell(
+            self._batch(state, last, torch.zeros_like(state.frames), action, True)
+        )
+        config = self.config.network
+        found = recall(state.bank, query[:, 0], state.frames, config.memory, config.window)
+        return self.network.read(self.body, found)
+
+    def _denoise(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[Frame, Frame]:
+        """The next frame, and the noisy one that the solver last asked about, which the cache holds."""
+        shapes = {camera: z.shape[1:] for camera, z in state.latents.items()} | {"": state.pose.shape[1:]}
+        noise = [row_noise(seeds, state.frames, 0, tuple(s), stream=i) for i, s in enumerate(shapes.values())]
+        sizes = [z[0].numel() for z in noise]
+        seen = {camera: torch.ones_like(there) for camera, there in state.seen.items()}
+        memory, asked = self.read_memory(state, action), []
+
+        def unpack(x: Tensor) -> Frame:
+            parts = [part.reshape(len(x), *s) for part, s in zip(x.split(sizes, 1), shapes.values())]
+            return Frame(latents=dict(zip(state.latents, parts)), pose=parts[-1], seen=seen)
+
+        def ask(x: Tensor, level: Tensor, told: bool) -> Tensor:
+            clean, pose = self.step(state, unpack(x), level, action, memory=memory, told=told)
+            return torch.cat([*(z.flatten(1) for z in clean.values()), pose], dim=1)
+
+        def predict(x: Tensor, level: Tensor) -> Tensor:
+            asked[:] = [x]
+            if self.config.guidance == 1:
+                return ask(x, level, True)
+            free = ask(x, level, False)  # first: the keys and values that stay are those of the other
+            return torch.lerp(free, ask(x, level, True), self.config.guidance)
+
+        start = torch.cat([z.flatten(1) for z in noise], dim=1)
+        made = sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path)
+        return unpack(made), unpack(asked[0])
+
+    def _as_history(self, state: StreamState, frame: Frame, seeds: Tensor) -> Frame:
+        """The frame at the history level. Cameras that are not seen stay zeros."""
+        if not self.config.history_level:
+            return frame
+        level = torch.full((len(state),), self.config.history_level, device=frame.pose.device)
+
+        def noised(clean: Tensor, stream: int) -> Tensor:
+            noise = row_noise(seeds, state.frames, _HISTORY_DRAW, tuple(clean.shape[1:]), stream=stream)
+            return add_noise(linear_path, clean, noise, level)
+
+        latents = {
+            c: noised(z, i) * frame.seen[c][:, None, None, None] for i, (c, z) in enumerate(frame.latents.items())
+        }
+        return Frame(latents=latents, pose=noised(frame.pose, len(latents)), seen=frame.seen)
+
+    def _batch(self, state: StreamState, frame: Frame, level: Tensor, action: Tensor, told: bool) -> FrameBatch:
+        return FrameBatch(
+            latents={camera: z[:, None] for camera, z in frame.latents.items()},
+            previous={camera: z[:, None] for camera, z in state.latents.items()},
+            pose=frame.pose[:, None],
+            previous_pose=state.pose[:, None],
+            motion=state.motion[:, None],
+            level=level[:, None],
+            action=action[:, None],
+            has_action=(state.frames > 0)[:, None] & told,
+            time=state.frames[:, None],
+            seen={camera: there[:, None] for camera, there in frame.seen.items()},
+            previous_seen={camera: there[:, None] for camera, there in state.seen.items()},
+            text=state.text if state.text.shape[1] else None,
+        )

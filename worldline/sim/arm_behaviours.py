@@ -91,7 +91,7 @@ def arm_behaviour(
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(5, _STREAM[cause])))
     match cause:
         case "random":
-            return smooth_random(ACTION, seed, memory=3 * RATE_HZ)
+            return smooth_random(ACTION, seed, memory=2 * RATE_HZ, spread=0.5)
         case "play":
             return _Path(lambda hand: _play(hand, rng), smooth=False)
         case "revisit":

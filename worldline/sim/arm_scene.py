@@ -21,7 +21,6 @@ from worldline.sim.arm_kinematics import (
     LINK,
     LOW,
     TILE_HALF,
-    TILE_TOP,
     WRIST_FOVY,
     inverse,
 )
@@ -51,6 +50,7 @@ CELLS_FROM = TARGET + 1
 TABLE, SCENERY, ARM = 0, 1, 2  # geom groups: cameras show some and not others
 STEPS_PER_SECOND = 200  # of the physics
 LINKS_AT = 0.2  # metres above the table
+TILE_TOP = 0.004  # metres
 _SQUARES = 4  # a tile's side in pattern squares
 
 
@@ -137,8 +137,8 @@ def mjcf(pixels: int) -> str:
   <default><geom type="box" mass="0.01"/></default>
   <worldbody>
     <light directional="true" dir="0.5 0.35 -1" diffuse="0.55 0.55 0.55" specular="0 0 0" castshadow="false"/>
-    <camera name="top" pos="0.03 0.25 3" fovy="19"/>
-    <geom name="table" group="{TABLE}" size="0.48 0.48 0.02" pos="0.03 0.25 -0.02" rgba="0.58 0.48 0.38 1"/>
+    <camera name="top" pos="0.03 0.29 3" fovy="19"/>
+    <geom name="table" group="{TABLE}" size="0.48 0.48 0.02" pos="0.03 0.29 -0.02" rgba="0.58 0.48 0.38 1"/>
     {"".join(_cell(cell) for cell in range(len(CELLS)))}
     <geom group="{ARM}" type="cylinder" size="0.06 0.08" pos="0 0 0.08" rgba="0.3 0.3 0.35 1"/>
     <body pos="0 0 {LINKS_AT}">

@@ -114,10 +114,11 @@ def behaviour(cause: str, task: str, *, seed: int, horizon: int, rehearsal: Simu
     return _Perturbed(act=expert(task), rng=rng, fault=_fault(cause, rng, needed, horizon))
 
 
-def smooth_random(action: ActionSpec, seed: int, *, memory: float = 10.0) -> Controller:
-    """Smooth random actions for any world whose actions have a finite range, that remember `memory` control steps.
+def smooth_random(action: ActionSpec, seed: int, *, memory: float = 10.0, spread: float = 0.9) -> Controller:
+    """Smooth random actions for any world whose actions have a finite range, around the middle of it.
 
-    Raises `SimulatorError` if the range is not finite.
+    They remember `memory` control steps; their standard deviation is `spread` times half the range. Raises `SimulatorError`
+    if the range is not finite.
     """
     low, high = np.array(action.low), np.array(action.high)
     if not np.isfinite([low, high]).all():
@@ -126,7 +127,7 @@ def smooth_random(action: ActionSpec, seed: int, *, memory: float = 10.0) -> Con
             "actions (gymnasium.wrappers.RescaleAction), or record a policy."
         )
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
-    return _Random(rng, low=low, high=high, memory=memory)
+    return _Random(rng, middle=(high + low) / 2, scale=spread * ((high - low) / 2), memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,16 +221,16 @@ class _Perturbed:
 
 
 class _Random:
-    """Smooth random actions around the middle of the range: filtered white noise."""
+    """White noise, filtered."""
 
-    def __init__(self, rng: np.random.Generator, *, low: np.ndarray, high: np.ndarray, memory: float) -> None:
+    def __init__(self, rng: np.random.Generator, *, middle: np.ndarray, scale: np.ndarray, memory: float) -> None:
         self._rng, self._kept = rng, 1 - 1 / memory
-        self._middle, self._half = (high + low) / 2, (high - low) / 2
-        self._noise = rng.normal(size=low.size)
+        self._middle, self._scale = middle, scale
+        self._noise = rng.normal(size=middle.size)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
         self._noise = self._kept * self._noise + np.sqrt(1 - self._kept**2) * self._rng.normal(size=self._noise.size)
-        return self._middle + 0.9 * self._half * self._noise
+        return self._middle + self._scale * self._noise
 
 
 class _Play:

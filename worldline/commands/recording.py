@@ -13,8 +13,8 @@ from worldline.errors import DatasetError, WorldlineError
 from worldline.eval import Report
 from worldline.policies import load_policy
 from worldline.sim.base import make_world
-from worldline.sim.behaviours import POLICIES
 from worldline.sim.record import record
+from worldline.sim.scripted import ALL_POLICIES, policy_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +25,16 @@ class Record:
     """
 
     world: str
-    """metaworld/<task>, or gym/<environment id> for any Gymnasium environment with rgb_array rendering."""
+    """metaworld/<task>, arm/reach or arm/revisit (an arm with joint targets), or gym/<environment id> for any Gymnasium environment with rgb_array rendering."""
     out: Path
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
     policy: str | None = None
     """mixed (experts, perturbed experts, random, play), contact (between success and failure), one of their causes, a policy folder, module:function, ws://host:port.
-    By default mixed in Meta-World, random in other simulators, which have no experts."""
+    arm/reach: mixed, expert, wrong_object, freeze, play, random. arm/revisit: mixed, revisit (--horizon 280), play, random.
+    By default mixed in Meta-World and with the arm, random in Gymnasium, which has no experts."""
     cameras: tuple[str, ...] = ()
-    """Views to record; the world's own by default (Meta-World: corner2 gripperPOV)."""
+    """Views to record; the world's own by default (Meta-World: corner2 gripperPOV; arm: top wrist)."""
     size: int = 64
     """Height and width of the frames."""
     seed: int = 0
@@ -47,12 +48,12 @@ class Record:
 
 def run_record(config: Record, *, progress: bool = True) -> Path:
     """Record, and return the dataset's folder. Goes on with an interrupted recording of the same settings."""
-    label = config.policy or ("mixed" if config.world.startswith("metaworld/") else "random")
+    label = config.policy or policy_names(config.world)[0]
     policy: Any = label
-    if label not in POLICIES:
+    if label not in ALL_POLICIES:
         if not _names_a_policy(label):
             raise DatasetError(
-                f"--policy {label!r}: one of {', '.join(POLICIES)}, a policy folder, module:function or ws://host:port required"
+                f"--policy {label!r}: one of {', '.join(ALL_POLICIES)}, a policy folder, module:function or ws://host:port required"
             )
         policy = partial(_load, config, label)
     try:

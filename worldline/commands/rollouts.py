@@ -133,15 +133,16 @@ class Truth:
         self.pool.close()
 
     def starts(self) -> Observation:
-        """First frames, poses and instruction of every start."""
-        frames, seeds = [], self.settings.seeds
+        """First frames, poses and instructions of every start."""
+        frames, told, seeds = [], [], self.settings.seeds
         for i in range(0, len(seeds), self.pool.rows):
             wave = self.pool.reset(dict(enumerate(seeds[i : i + self.pool.rows])))
             frames += [wave[row] for row in sorted(wave)]
+            told += self.pool.instructions(sorted(wave)).values()
         return Observation(
             images={c: torch.stack([f.images[c] for f in frames]) for c in frames[0].images},
             pose=torch.stack([f.pose for f in frames]),
-            instruction=(self.pool.instruction,) * len(frames),
+            instruction=tuple(told),
         )
 
     def frame_success(

@@ -1,7 +1,7 @@
 """Simulators: episodes to learn from, and the ground truth that rankings are checked against.
 
 `make_world` makes a world, `record` fills a dataset from it, `rollout_policy` measures a policy in it. Neither MuJoCo nor
-Meta-World is imported before a Meta-World world is made.
+Meta-World is imported before a world that needs it is made.
 """
 
 from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world

@@ -60,7 +60,9 @@ class SimulatedWorld(Protocol):
     def spec(self) -> WorldSpec: ...
 
     @property
-    def instruction(self) -> str: ...
+    def instruction(self) -> str:
+        """What the episode asks for: to be read after `reset`, which may change it."""
+        ...
 
     @property
     def horizon(self) -> int:
@@ -88,11 +90,11 @@ def make_world(
     horizon: int = 160,
     control_steps: int = 4,
 ) -> SimulatedWorld:
-    """The world called `name`: "metaworld/<task>" or "gym/<environment id>".
+    """The world called `name`: "metaworld/<task>", "arm/reach", "arm/revisit" or "gym/<environment id>".
 
     Args:
         cameras: views to render, each `size` x `size`; `()` renders nothing and is 10 to 50 times faster. Default: the
-            world's own (Meta-World: corner2 and gripperPOV; Gymnasium: rgb).
+            world's own (Meta-World: corner2 and gripperPOV; the arm: top and wrist; Gymnasium: rgb).
         horizon: control steps of an episode, a multiple of `control_steps`.
         control_steps: k, control steps per frame.
 
@@ -110,7 +112,12 @@ def make_world(
 
         views = (CAMERA,) if cameras is None else tuple(cameras)
         return GymWorld(task, cameras=views, size=size, horizon=horizon, control_steps=control_steps)
-    raise SimulatorError(f'world required: "metaworld/<task>" or "gym/<environment id>", got {name!r}.')
+    if family == "arm":
+        from worldline.sim.arm import CAMERAS, ArmWorld
+
+        views = CAMERAS if cameras is None else tuple(cameras)
+        return ArmWorld(task, cameras=views, size=size, horizon=horizon, control_steps=control_steps)
+    raise SimulatorError(f'world required: "arm/<task>", "metaworld/<task>" or "gym/<environment id>", got {name!r}.')
 
 
 def observation(frames: Sequence[SimFrame], instruction: Sequence[str]) -> Observation:

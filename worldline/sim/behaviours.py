@@ -69,7 +69,12 @@ def episode_cause(policy: str, seed: int, index: int) -> str:
         raise unknown("recording policy", policy, POLICIES)
     if policy in CAUSES:
         return policy
-    block = [cause for cause, count in BLENDS[policy].items() for _ in range(count)]
+    return drawn_cause(BLENDS[policy], seed, index)
+
+
+def drawn_cause(shares: Mapping[str, int], seed: int, index: int) -> str:
+    """The cause of episode `index` in a blend: runs of as many episodes as `shares` sums to hold exactly them."""
+    block = [cause for cause, count in shares.items() for _ in range(count)]
     turn, place = divmod(index, len(block))
     order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, turn))).permutation(len(block))
     return block[order[place]]
@@ -109,15 +114,20 @@ def behaviour(cause: str, task: str, *, seed: int, horizon: int, rehearsal: Simu
     return _Perturbed(act=expert(task), rng=rng, fault=_fault(cause, rng, needed, horizon))
 
 
-def smooth_random(action: ActionSpec, seed: int) -> Controller:
-    """Smooth random actions for any world whose actions have a finite range. Raises `SimulatorError` if they do not."""
+def smooth_random(action: ActionSpec, seed: int, *, memory: float = 10.0, spread: float = 0.9) -> Controller:
+    """Smooth random actions for any world whose actions have a finite range, around the middle of it.
+
+    They remember `memory` control steps; their standard deviation is `spread` times half the range. Raises `SimulatorError`
+    if the range is not finite.
+    """
     low, high = np.array(action.low), np.array(action.high)
     if not np.isfinite([low, high]).all():
         raise SimulatorError(
             f"random actions need a finite range, got low {action.low} and high {action.high}: rescale the environment's "
             "actions (gymnasium.wrappers.RescaleAction), or record a policy."
         )
-    return _Random(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,))), low=low, high=high)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
+    return _Random(rng, middle=(high + low) / 2, scale=spread * ((high - low) / 2), memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,16 +221,16 @@ class _Perturbed:
 
 
 class _Random:
-    """Smooth random actions around the middle of the range: filtered white noise that remembers about ten steps."""
+    """White noise, filtered."""
 
-    def __init__(self, rng: np.random.Generator, *, low: np.ndarray, high: np.ndarray) -> None:
-        self._rng = rng
-        self._middle, self._half = (high + low) / 2, (high - low) / 2
-        self._noise = rng.normal(size=low.size)
+    def __init__(self, rng: np.random.Generator, *, middle: np.ndarray, scale: np.ndarray, memory: float) -> None:
+        self._rng, self._kept = rng, 1 - 1 / memory
+        self._middle, self._scale = middle, scale
+        self._noise = rng.normal(size=middle.size)
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
-        self._noise = 0.9 * self._noise + np.sqrt(1 - 0.9**2) * self._rng.normal(size=self._noise.size)
-        return self._middle + 0.9 * self._half * self._noise
+        self._noise = self._kept * self._noise + np.sqrt(1 - self._kept**2) * self._rng.normal(size=self._noise.size)
+        return self._middle + self._scale * self._noise
 
 
 class _Play:

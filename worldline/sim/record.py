@@ -20,7 +20,8 @@ from worldline.checkpoint import read_json, write_json
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, SimulatorError, WorldlineError
 from worldline.executor import ChunkExecutor
-from worldline.sim.base import Controller, SimFrame, SimStep, SimulatedWorld, make_world, observation, unknown
+from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world, observation
+from worldline.sim.scripted import ScriptedPolicy, scripted_policy
 from worldline.sim.workers import worker_context
 from worldline.types import Policy, WorldSpec, require_match
 
@@ -88,8 +89,8 @@ def record(
     """Record `episodes` episodes of `world` and return the dataset's folder.
 
     Args:
-        policy: a name of `worldline.sim.behaviours` ("mixed", "expert", ...; other simulators: "random"), or a picklable
-            function that makes a `Policy`, called once a process.
+        policy: a name that the world offers (`worldline.sim.scripted.policy_names`: "mixed", "expert", ...; Gymnasium:
+            "random"), or a picklable function that makes a `Policy`, called once a process.
         label: what provenance["policy"] says; default the name of the behaviour or of the function.
         cameras, size, horizon, control_steps: as `make_world`.
         seed: which recording this is; see `episode_seed`.
@@ -99,7 +100,7 @@ def record(
         provenance: more entries for every episode.
 
     Raises:
-        SimulatorError: unknown world, policy, camera; a worker process died.
+        SimulatorError: unknown world, policy, camera; a horizon too short for the policy; a worker process died.
         DatasetError: `out` holds something else, or a recording with other settings.
         WorldlineError, or whatever a policy raises: with the episode named. Staged episodes stay, and `resume=True`
             goes on; so it does after Ctrl-C.
@@ -185,8 +186,11 @@ class _Worker:
         self.world = job.make()
         self._rehearsal: SimulatedWorld | None = None
         self._executor: ChunkExecutor | None = None
+        self._scripted: ScriptedPolicy | None = None
         if isinstance(job.policy, str):
-            _check_name(job)
+            self._scripted = scripted_policy(
+                job.policy, job.world, seed=job.seed, made=self.world, rehearsal=self._rehearsal_world
+            )
         else:
             made = job.policy()
             require_match(self.world.spec, made.spec, between=f"simulator {job.world} and policy {job.label}")
@@ -233,7 +237,8 @@ class _Worker:
     def _play(self, index: int, seed: int) -> tuple[str, list[SimFrame], list[SimStep]]:
         if self._executor is not None:
             return f"policy:{self.job.label}", *self._play_policy(self._executor, seed)
-        cause, controller = self._controller(index, seed)
+        assert self._scripted is not None
+        cause, controller = self._scripted(index, seed)
         frames, steps = [self.world.reset(seed)], []
         while not steps or not (steps[-1].terminated or steps[-1].truncated):
             steps.append(self.world.drive(controller))
@@ -250,25 +255,10 @@ class _Worker:
             frames.append(steps[-1].frame)
         return frames, steps
 
-    def _controller(self, index: int, seed: int) -> tuple[str, Controller]:
-        from worldline.sim.behaviours import behaviour, episode_cause, smooth_random
-
-        family, _, task = self.job.world.partition("/")
-        if family != "metaworld":
-            return "random", smooth_random(self.world.spec.action, seed)
+    def _rehearsal_world(self) -> SimulatedWorld:
         if self._rehearsal is None:
             self._rehearsal = self.job.make(rendered=False)
-        cause = episode_cause(str(self.job.policy), self.job.seed, index)
-        horizon = self.world.horizon
-        return cause, behaviour(cause, task, seed=seed, horizon=horizon, rehearsal=self._rehearsal)
-
-
-def _check_name(job: _Job) -> None:
-    from worldline.sim.behaviours import POLICIES
-
-    known = POLICIES if job.world.startswith("metaworld/") else ("random",)
-    if job.policy not in known:
-        raise unknown("recording policy", str(job.policy), known)
+        return self._rehearsal
 
 
 _worker: _Worker | None = None

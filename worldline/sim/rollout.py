@@ -155,11 +155,12 @@ def _wave(
     """Up to `pool.rows` episodes at once, until the last has ended."""
     n = len(seeds)
     now = pool.reset(dict(enumerate(seeds)))
-    episodes = [_Record(seed, now[row], pool.instruction, keep_frames) for row, seed in enumerate(seeds)]
+    told = pool.instructions(range(n))
+    episodes = [_Record(seed, now[row], told[row], keep_frames) for row, seed in enumerate(seeds)]
     state: Any = executor.reset(n)
     row_seeds = torch.tensor(list(seeds))
     while running := [row for row in range(n) if not episodes[row].over]:
-        seen = observation([episodes[row].last for row in range(n)], [pool.instruction] * n)
+        seen = observation([episodes[row].last for row in range(n)], [told[row] for row in range(n)])
         with torch.no_grad():
             blocks, state = executor.block(seen, state, seeds=row_seeds)
         for row, step in pool.step({row: blocks[row] for row in running}).items():

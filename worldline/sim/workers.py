@@ -60,7 +60,6 @@ class WorldPool:
         settings = {"cameras": cameras, "size": size, "horizon": horizon, "control_steps": control_steps}
         first = make_world(name, **settings)  # here even for many processes: mistakes show before any process starts
         self.spec: WorldSpec = first.spec
-        self.instruction: str = first.instruction
         self._hosts: list[_Host | _RemoteHost] = []
         if processes == 0:
             self._hosts = [_Host([first, *(make_world(name, **settings) for _ in range(rows - 1))])]
@@ -78,6 +77,10 @@ class WorldPool:
     def step(self, blocks: Mapping[int, Float[Tensor, "k a"]]) -> dict[int, SimStep]:
         """Send `blocks[r]` to row r, for the rows named; all processes work at the same time."""
         return self._each("step", blocks)
+
+    def instructions(self, rows: Sequence[int]) -> dict[int, str]:
+        """What the episodes of the rows named ask for; in some worlds it changes with the seed."""
+        return self._each("instruction", dict.fromkeys(rows))
 
     def close(self) -> None:
         for host in self._hosts:
@@ -115,7 +118,10 @@ class _Host:
         self._answer: dict[int, Any] = {}
 
     def send(self, method: str, work: Mapping[int, Any]) -> None:
-        self._answer = {row: getattr(self.worlds[row], method)(value) for row, value in work.items()}
+        if method == "instruction":
+            self._answer = {row: self.worlds[row].instruction for row in work}
+        else:
+            self._answer = {row: getattr(self.worlds[row], method)(value) for row, value in work.items()}
 
     def receive(self) -> dict[int, Any]:
         return self._answer

@@ -111,3 +111,20 @@ def test_draws_can_be_limited_to_a_split(recorded: Path, tmp_path: Path) -> None
     assert set(cache.batch(0, 0, 16, 4, episodes=[1, 3]).poses[:, 0, 1].tolist()) == {1.0, 3.0}
     with pytest.raises(DatasetError, match="at least 6 latents required, the longest of 1 has 5"):
         cache.batch(0, 0, 4, 6, episodes=[3])
+
+
+def test_windows_with_what_came_before_them(recorded: Path, tmp_path: Path) -> None:
+    cache = LatentCache.build(tmp_path / "c", LeRobotDataset(recorded), MeanTokenizer(), progress=False)
+    plain, whole, capped = (cache.batch(0, 3, 6, 4, starts=0.3, lead=lead) for lead in (0, 100, 2))
+    assert plain.led is None and plain.lead == 0
+    assert whole.led is not None and capped.led is not None
+    assert whole.lead == int(whole.led.max()) > 2 and capped.lead == 2 and int(whole.led.min()) == 0
+    for clip in (whole, capped):
+        assert clip.led is not None
+        assert torch.equal(clip.frames["wrist"][:, clip.lead :], plain.frames["wrist"])
+        assert torch.equal(clip.actions[:, clip.lead :], plain.actions)
+        for row, before in enumerate(clip.led.tolist()):
+            numbers = clip.poses[row, clip.lead - before :, 0].int().tolist()
+            assert numbers == list(range(numbers[0], numbers[0] + before + 4))  # one run of frames, none left out
+            assert not clip.poses[row, : clip.lead - before].any()
+    assert (whole.poses[:, whole.lead, 0] == whole.led).all()  # all there is, back to the episode's first frame

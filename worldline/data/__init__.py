@@ -1,6 +1,6 @@
 """LeRobot datasets in and out, clips, normalisation, the latent cache and dataset inspection."""
 
-from worldline.data.clips import ClipSampler, action_blocks, collate, draw, strided
+from worldline.data.clips import ClipSampler, action_blocks, collate, draw, strided, with_lead
 from worldline.data.inspection import Inspection, inspect_dataset
 from worldline.data.latents import LatentCache
 from worldline.data.lerobot_read import LeRobotDataset, Problem
@@ -25,5 +25,6 @@ __all__ = [
     "draw",
     "inspect_dataset",
     "strided",
+    "with_lead",
     "write_dataset",
 ]

@@ -69,13 +69,34 @@ def windows(lengths: Sequence[int], span: int) -> list[tuple[int, int]]:
 
 
 def collate(clips: Sequence[Clip]) -> Clip:
-    """Clips of one shape, joined along the batch axis. Cameras must be the same in all."""
+    """Clips of one shape and lead, joined along the batch axis. Cameras must be the same in all."""
+    leds = [clip.led for clip in clips if clip.led is not None]
     return Clip(
         frames={camera: torch.cat([clip.frames[camera] for clip in clips]) for camera in clips[0].frames},
         actions=torch.cat([clip.actions for clip in clips]),
         poses=torch.cat([clip.poses for clip in clips]),
         present={camera: torch.cat([clip.present[camera] for clip in clips]) for camera in clips[0].present},
         instruction=sum((clip.instruction for clip in clips), ()),
+        lead=clips[0].lead,
+        led=torch.cat(leds) if len(leds) == len(clips) else None,
+    )
+
+
+def with_lead(clip: Clip, before: int, lead: int) -> Clip:
+    """A clip whose first `before` frames are what came before it, padded with zeros to a lead of `lead` frames."""
+    if not lead:
+        return clip
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(x.shape[0], lead - before, *x.shape[2:]), x], dim=1)
+
+    return replace(
+        clip,
+        frames={camera: padded(x) for camera, x in clip.frames.items()},
+        actions=padded(clip.actions),
+        poses=padded(clip.poses),
+        lead=lead,
+        led=torch.full((len(clip.poses),), before) if clip.led is None else clip.led,
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from worldline.checkpoint import from_json, read_json, read_tensors, to_json, write_json, write_tensors
-from worldline.data.clips import action_blocks, collate, draw, strided, windows
+from worldline.data.clips import action_blocks, collate, draw, strided, windows, with_lead
 from worldline.data.lerobot_read import LeRobotDataset
 from worldline.errors import CheckpointError, DatasetError
 from worldline.types import Clip, VideoTokenizer, WorldSpec
@@ -135,18 +135,25 @@ class LatentCache:
         *,
         episodes: Sequence[int] | None = None,
         starts: float = 0.0,
+        lead: int = 0,
     ) -> Clip:
         """Windows of `frames` latents for training step `step`: a function of the arguments alone.
 
         `episodes` limits the draw (a split); about a share `starts` of the windows is moved to their sequence's beginning.
+        With `lead` each window comes after up to so many of the frames before it (`Clip.lead`: the most that any has).
         Raises `DatasetError` if no sequence is long enough.
         """
         sequences, places = self.windows(frames, episodes)
         generator = torch.Generator().manual_seed((seed * 6_700_417 + step) & 0x7FFF_FFFF_FFFF)
         moved = (torch.rand(batch_size, generator=generator) < starts).tolist()
         chosen = [places[i] for i in draw(len(places), seed, step, batch_size)]
-        clips = [self._clip(sequences[at], 0 if begin else start, frames) for (at, start), begin in zip(chosen, moved)]
-        return collate(clips)
+        begins = [0 if begin else start for (_, start), begin in zip(chosen, moved)]
+        led = [min(lead, start) for start in begins]
+        clips = [
+            self._clip(sequences[at], start - before, frames + before)
+            for (at, _), start, before in zip(chosen, begins, led)
+        ]
+        return collate([with_lead(clip, before, max(led)) for clip, before in zip(clips, led)])
 
     def windows(self, frames: int, episodes: Sequence[int] | None = None) -> tuple[list[Phase], list[tuple[int, int]]]:
         """Sequences, and (position, start) of each window of `frames` latents in them."""

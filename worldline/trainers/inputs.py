@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
-from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, strided
+from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, collate, strided, with_lead
 from worldline.errors import CheckpointError, DatasetError
 from worldline.tokenizers import Tokenizer
 from worldline.types import Clip, WorldSpec, require_match
@@ -115,8 +115,9 @@ class LatentBatches:
         device: Any,
         progress: bool,
         starts: float = 0.0,
+        lead: int = 0,
     ) -> None:
-        self.selections, self.frames, self.starts = selections, frames, starts
+        self.selections, self.frames, self.starts, self.lead = selections, frames, starts, lead
         self.caches = []
         for s in selections:
             _require_length(s, frames, stride)
@@ -133,11 +134,12 @@ class LatentBatches:
     def batch(self, seed: int, step: int, size: int) -> Clip:
         counts = share(self.selections, seed, step, size)
         parts = [
-            cache.batch(seed, step, count, self.frames, episodes=s.episodes, starts=self.starts)
+            cache.batch(seed, step, count, self.frames, episodes=s.episodes, starts=self.starts, lead=self.lead)
             for cache, s, count in zip(self.caches, self.selections, counts)
             if count
         ]
-        return parts[0] if len(parts) == 1 else _join(parts)
+        lead = max(part.lead for part in parts)
+        return collate([with_lead(part, part.lead, lead) for part in parts])
 
 
 def _require_length(selection: Selection, frames: int, stride: int) -> None:
@@ -148,15 +150,6 @@ def _require_length(selection: Selection, frames: int, stride: int) -> None:
             f"{selection.dataset.root}: episodes of at least {(frames - 1) * stride + 1} frames required for clips of {frames} "
             f"at stride {stride}, the longest of {len(selection.episodes)} has {longest}. Use fewer --frames or a smaller --stride."
         )
-
-
-def _join(parts: Sequence[Clip]) -> Clip:
-    return Clip(
-        frames={camera: torch.cat([p.frames[camera] for p in parts]) for camera in parts[0].frames},
-        actions=torch.cat([p.actions for p in parts]),
-        poses=torch.cat([p.poses for p in parts]),
-        instruction=tuple(text for p in parts for text in p.instruction),
-    )
 
 
 class FrameBatches:

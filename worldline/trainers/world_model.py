@@ -20,6 +20,8 @@ from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel
 
 log = logging.getLogger(__name__)
 
+_WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainWorldModel:
@@ -159,7 +161,9 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
-    batches = LatentBatches(training, tokenizer, starts=config.starts, **options)
+    remembers = (config.model if model is None else model.config).network.memory.size > 0
+    lead = _WHOLE if remembers else 0
+    batches = LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
         torch.manual_seed(config.loop.seed)
         actions, poses = fit_normalizers(training)

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,15 @@ def tiny_models() -> tuple[AutoregressiveWorldModel, Tokenizer, ClonedPolicy, Su
 
 def state_bytes(state: Any) -> int:
     """Bytes of one row of a world model's state."""
-    tensors = []
-    for field in fields(state):
-        value = getattr(state, field.name)
-        tensors += list(value.values()) if isinstance(value, Mapping) else [value]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) // len(state)
+
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, Mapping):
+            return sum(size(part) for part in value.values())
+        return sum(size(getattr(value, f.name)) for f in fields(value)) if is_dataclass(value) else 0
+
+    return size(state) // len(state)
 
 
 def measure(

@@ -156,12 +156,12 @@ def test_a_perfect_world_is_at_zero_latent_distance_and_a_still_one_is_not(perfe
     assert perfect.results["fvd"]["reason"] == "not measured, because no I3D weights were given (--i3d)"
 
 
-def report(path: Path, values: dict[int, float | None], *, version: str = "worldline-eval-2") -> Path:
+def report(path: Path, values: dict[int, float | None], *, version: str = "a", data: str = "b") -> Path:
     cell = {"per_episode": list(values.values())}
     bands = [[5, 15], [95, 105]]
     excess = {"episodes": list(values), "bands": bands, "reason": "", "predictors": {"true": {"all": cell}}}
     results = {"protocol": {"version": version}, "drift": {"excess": excess}}
-    path.write_text(json.dumps({"results": results}))
+    path.write_text(json.dumps({"provenance": {"data_fingerprint": data}, "results": results}))
     return path
 
 
@@ -173,8 +173,9 @@ def test_two_reports_are_paired_by_episode_number(tmp_path: Path) -> None:
     assert found.interval is not None and found.interval.width == pytest.approx(0, abs=1e-12)
     with pytest.raises(WorldlineError, match="predictor 'true' of camera 'wrist' required"):
         excess_ratio_of_reports(ours, base, camera="wrist")
-    with pytest.raises(WorldlineError, match="reports of one protocol"):
-        excess_ratio_of_reports(ours, report(tmp_path / "old.json", {1: 2.0, 3: 8.0}, version="other"))
+    for other in ({"version": "other"}, {"data": "other"}):  # the same numbers, but not the same episodes
+        with pytest.raises(WorldlineError, match="one protocol, the same bands and the same data required"):
+            excess_ratio_of_reports(ours, report(tmp_path / "old.json", {1: 2.0, 3: 8.0}, **other))
     (tmp_path / "none.json").write_text('{"results": {}}')
     with pytest.raises(WorldlineError, match="with drift required"):
         excess_ratio_of_reports(ours, tmp_path / "none.json")

@@ -192,6 +192,7 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         provenance={
             "world_model": str(config.world_model),
             "data": str(config.data),
+            "data_fingerprint": dataset.fingerprint,
             "tokenizer": dream.tokenizer.latent_spec.fingerprint,
         },
     )

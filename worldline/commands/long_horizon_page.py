@@ -19,6 +19,7 @@ SHOWN = {
     "lpips": ("LPIPS", "LPIPS"),
     "moved_lpips": ("LPIPS on moved pixels", "LPIPS"),
 }
+PLOTTED = ("moved_mse", "moved_psnr", "ssim", "lpips", "moved_lpips")
 
 
 def label(name: str) -> str:
@@ -52,7 +53,8 @@ def long_horizon_tables(report: Report, results: Mapping[str, Any]) -> None:
 def _drift(report: Report, drift: Mapping[str, Any]) -> None:
     curves, share = drift["curves"], drift["moving"]["share"]
     cameras = dict.fromkeys(row["camera"] for row in curves)
-    for measure, (title, unit) in SHOWN.items():
+    for measure in PLOTTED:
+        title, unit = SHOWN[measure]
         for camera in cameras:
             bands = {label(r["predictor"]): r for r in curves if (r["measure"], r["camera"]) == (measure, camera)}
             if bands:

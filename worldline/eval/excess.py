@@ -155,14 +155,14 @@ def excess_ratio_of_reports(
         predictor, camera: keys of `results.drift.excess.predictors`.
 
     Raises:
-        WorldlineError: a report without excess errors, other protocol versions or bands, or no two episodes shared.
+        WorldlineError: a report without excess errors, other protocol versions, bands or data, or no two episodes shared.
     """
     found = [_excess_of(path, predictor, camera) for path in (ours, base)]
     (settings, mine), (other_settings, theirs) = found
     if settings != other_settings:
         raise WorldlineError(
-            f"excess_ratio: reports of one protocol and the same bands required, got {settings} in {ours} and "
-            f"{other_settings} in {base}. Evaluate both with the same --frames and the same version."
+            f"excess_ratio: reports of one protocol, the same bands and the same data required, got {settings} in {ours} "
+            f"and {other_settings} in {base}. Evaluate both with the same version, --frames and --data."
         )
     shared = sorted(mine.keys() & theirs.keys())
     return excess_ratio(
@@ -173,7 +173,8 @@ def excess_ratio_of_reports(
 def _excess_of(path: Path, predictor: str, camera: str) -> tuple[dict[str, Any], dict[int, float]]:
     """The settings and the excess error by episode of one report."""
     file = path / "report.json" if path.is_dir() else path
-    results: Mapping[str, Any] = read_json(file).get("results", {})
+    report: Mapping[str, Any] = read_json(file)
+    results: Mapping[str, Any] = report.get("results", {})
     if "drift" not in results:
         raise WorldlineError(f"{file}: a report of `worldline eval` with drift required, it has none. Evaluate again.")
     excess = results["drift"]["excess"]
@@ -184,5 +185,9 @@ def _excess_of(path: Path, predictor: str, camera: str) -> tuple[dict[str, Any],
         known = {name: sorted(per_camera) for name, per_camera in excess["predictors"].items()}
         raise WorldlineError(f"{file}: predictor {predictor!r} of camera {camera!r} required, got {known}.")
     values = cells[camera]["per_episode"]
-    settings = {"version": results.get("protocol", {}).get("version"), "bands": excess["bands"]}
+    settings = {
+        "version": results.get("protocol", {}).get("version"),
+        "bands": excess["bands"],
+        "data_fingerprint": report.get("provenance", {}).get("data_fingerprint"),
+    }
     return settings, {i: np.nan if v is None else v for i, v in zip(excess["episodes"], values, strict=True)}

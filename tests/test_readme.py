@@ -18,7 +18,14 @@ import tyro
 
 from worldline import cli
 from worldline.data import LeRobotDataset
-from worldline.eval import PolicyContrasts, PredictionPowered, RankStatistics, ScorerCalibration
+from worldline.eval import (
+    EvaluationProtocol,
+    ExcessRatio,
+    PolicyContrasts,
+    PredictionPowered,
+    RankStatistics,
+    ScorerCalibration,
+)
 from worldline.eval.report import REPORT_KEYS
 from worldline.worldmodels import load_world_model
 
@@ -205,7 +212,9 @@ def test_the_tree_names_what_there_is() -> None:
     assert folders | pages <= named, "every folder of the package and every page has its line"
 
 
-@pytest.mark.parametrize("cls", [RankStatistics, PolicyContrasts, PredictionPowered, ScorerCalibration])
+@pytest.mark.parametrize(
+    "cls", [RankStatistics, PolicyContrasts, PredictionPowered, ScorerCalibration, EvaluationProtocol, ExcessRatio]
+)
 def test_every_key_of_a_report_is_explained(cls: type) -> None:
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", (ROOT / "docs/reports.md").read_text()))))
     missing = [field.name for field in dataclasses.fields(cls) if field.name not in words]

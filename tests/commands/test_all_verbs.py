@@ -11,6 +11,7 @@ from tests.commands.conftest import HORIZON, Lab, Run, record
 from tests.commands.dots import WORLD
 from worldline.commands import ranking
 from worldline.data import LeRobotDataset
+from worldline.eval.protocol import PROTOCOL
 from worldline.eval.report import REPORT_KEYS
 
 
@@ -54,6 +55,34 @@ def test_eval_reports_what_the_documentation_promises(lab: Lab, worldline: Run, 
     assert found["speed"]["frames_per_second"] > 0
     command = json.loads((out / "report.json").read_text())["command"]
     assert "--max-episodes 4" in command and "--split all" in command
+
+
+def test_eval_prints_its_protocol_and_what_departs_from_it(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    probe, out = tmp_path / "probe", tmp_path / "report"
+    small = ["--max-steps", 2, "--loop.warmup", 1, "--loop.batch-size", 4]
+    trained = worldline(
+        "train", "probe", "--data", lab.data, "--target", "pose", "--camera", "rgb", "--out", probe, *small
+    )
+    assert trained.code == 0, trained.err
+    said = worldline(
+        "eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--max-episodes", 4, "--frames", 6,
+        "--history-level", 0.2, "--pose-probes", probe, "--i3d", tmp_path / "i3d.pt", "--videos", 0, "--out", out,
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    found, page = results(out, videos=False), (out / "report.html").read_text()
+    protocol = found["protocol"]
+    assert protocol["version"] == PROTOCOL.version and protocol["version"] in page
+    assert protocol["used"] == {"frames": 6, "episodes": 4, "solver_steps": 1, "history_level": 0.2, "seed": 0}
+    assert protocol["deviations"][0] == "history_level is not the checkpoint's own" and len(protocol["deviations"]) == 2
+    assert len(found["drift"]["moving"]["share"]) == 5
+    assert "imagined frame 100 required" in found["drift"]["excess"]["reason"]
+    assert "16 imagined frames required, got 4 of 5" in found["latent_frechet"]["reason"]
+    assert {r["camera"] for r in found["multi_view"]["pose_error"]} == {"rgb"}
+    assert "a TorchScript file required, there is none at" in found["fvd"]["reason"]
+    assert "FVD: not measured, because I3D weights" in page
+    assert any(
+        text.startswith("FVD: not measured") for text in json.loads((out / "report.json").read_text())["warnings"]
+    )
 
 
 @pytest.fixture

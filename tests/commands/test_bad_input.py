@@ -388,6 +388,11 @@ def test_settings_that_cannot_be(lab: Lab, worldline: Run, tmp_path: Path) -> No
     for count in ("through_tokenizer", "own_actions"):
         refused(worldline(*rank(lab, out, lab.bc, lab.other, **{count: 2})), "--truth and at most the smaller of")
     refused(worldline(*rank(lab, out, lab.bc, lab.other, solver_steps=99)), "which training never shows")
+    evaluate = ["eval", "--world-model", lab.wm, "--data", lab.data, "--out", out]
+    refused(
+        worldline(*evaluate, "--history-level", 0.9), "--history-level: history_level must be a level that training"
+    )
+    refused(worldline(*evaluate, "--pose-probes", lab.scorer), "probe")
     assert not out.exists()
 
 

@@ -29,6 +29,9 @@ def test_psnr_is_that_of_a_constant_error() -> None:
     torch.testing.assert_close(found.psnr, expected.expand(2, 4), atol=1e-3, rtol=0)
     torch.testing.assert_close(found.moved_psnr[0], expected.expand(4), atol=1e-3, rtol=0)
     assert bool((found.ssim < 1).all())
+    torch.testing.assert_close(found.mse, torch.full((2, 4), 100.0))  # ten grey levels, squared
+    torch.testing.assert_close(found.moved_mse[0], torch.full((4,), 100.0))
+    assert torch.isnan(found.moved_mse[1]).all()
 
 
 def test_identical_video_reaches_the_cap() -> None:
@@ -109,3 +112,24 @@ def test_lpips_gets_frames_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     distance = lpips_distance(real, imagined).distance
     assert distance is not None and distance.shape == (20, 4)
     assert distance.nonzero().tolist() == [[17, 2]] and float(distance[17, 2]) == pytest.approx(0.4)
+
+
+def test_lpips_on_moved_pixels_reads_the_map_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Map(torch.nn.Module):
+        def __init__(self, spatial: bool) -> None:
+            super().__init__()
+            self.spatial = spatial
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            error = (x - y).abs().mean(1, keepdim=True)
+            return error if self.spatial else error.mean((2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda spatial=False, **_: Map(spatial)))
+    context, real = moving_square()
+    moved = moved_pixels(real, context)
+    imagined = torch.where(moved[:, :, None], real + 51, real)  # wrong by 0.4 of [-1, 1] where it moved, else right
+    found = lpips_distance(real, imagined, moved=moved)
+    assert found.distance is not None and found.moved_distance is not None
+    torch.testing.assert_close(found.moved_distance[0], torch.full((4,), 0.4))
+    torch.testing.assert_close(found.distance, 0.4 * moved.float().mean((2, 3)))
+    assert torch.isnan(found.moved_distance[1]).all(), "nothing moved"

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from worldline.eval.world_model import Replays, join_replays, worst_gains
+from worldline.eval.replays import Replays, join_replays
+from worldline.eval.world_model import worst_gains
 
 
 def row(horizon: int, gain: float, *, half: float = 1.0, camera: str = "rgb", baseline: str = "copy-first") -> dict:

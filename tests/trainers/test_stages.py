@@ -9,7 +9,7 @@ import torch
 from tests.oracles import SPEC
 from worldline import checkpoint
 from worldline.data import LatentCache, LeRobotDataset
-from worldline.errors import CheckpointError, DatasetError
+from worldline.errors import CheckpointError, DatasetError, SpecMismatch
 from worldline.eval.probes import Probe
 from worldline.policies import ClonedPolicy, EncoderConfig, PolicyConfig
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
@@ -201,6 +201,45 @@ def test_the_action_probe_beats_guessing_the_mean(dots, tmp_path):
     assert read.shape == (len(episode) - 1, SPEC.action.dim)
     error = (read - episode.actions.mean(1)).norm(dim=1).mean()
     assert float(error) < 0.8 * float((episode.actions.mean(1) - episode.actions.mean((0, 1))).norm(dim=1).mean())
+
+
+def test_the_pose_probe_reads_one_camera_and_is_the_same_when_loaded(dots, tmp_path, monkeypatch):
+    config = probe.TrainProbe(
+        data=(dots,), out=tmp_path / "probe", target="pose", camera="top", loop=loop(150, batch_size=64)
+    )
+    kept = []
+    save = probe._ProbeStage.save
+
+    def spy(self, model, folder, provenance):
+        kept.append(model)
+        save(self, model, folder, provenance)
+
+    monkeypatch.setattr(probe._ProbeStage, "save", spy)
+    probe.run(config, progress=False)
+    learned = facts(tmp_path / "probe", "probe")
+    assert learned["held_out_error"] < 0.5 * learned["guessing_the_mean"]
+    loaded = Probe.from_pretrained(tmp_path / "probe")
+    assert [c.name for c in loaded.spec.cameras] == ["top"] and loaded.config.names == SPEC.pose_names
+    episode = LeRobotDataset(dots).episode(9)
+    video = {"top": episode.frames["top"][:][None]}
+    read = loaded.read_video(video)
+    assert torch.allclose(read, kept[-1].eval().read_video(video), atol=1e-5), "trained and loaded normalise alike"
+    off = (episode.poses - episode.poses.mean(0)).norm(dim=1).mean()
+    assert float((read[0] - episode.poses).norm(dim=1).mean()) < 0.5 * float(off)
+
+
+def test_pose_probes_of_what_is_not_there_are_refused(dots, tmp_path):
+    for options, error, reason in (
+        ({"camera": "wrist"}, SpecMismatch, r"camera required: 'wrist'; got cameras \['top'\]"),
+        (
+            {"camera": "top", "columns": (0, 2)},
+            DatasetError,
+            r"--columns below 2, the number of pose dimensions; got \(0, 2\)",
+        ),
+    ):
+        with pytest.raises(error, match=reason):
+            probe.run(probe.TrainProbe(data=(dots,), out=tmp_path / "no", target="pose", **options), progress=False)
+    assert not (tmp_path / "no").exists()
 
 
 def test_another_process_that_still_encodes_does_not_change_the_batches(dots, patches, monkeypatch):

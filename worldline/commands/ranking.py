@@ -35,7 +35,7 @@ from worldline.eval.ranking import (
     summarize_ranking,
     tokenizer_table,
 )
-from worldline.eval.world_model import Replays, join_replays, load_replays
+from worldline.eval.replays import Replays, join_replays, load_replays
 from worldline.executor import index_observation
 from worldline.policies import ThroughTokenizer, load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from worldline.commands.dreaming import add_diagnostic
+from worldline.commands.dreaming_page import add_diagnostic
 from worldline.eval import Interval, PerfectModel, Report, ranking_scatter, success_bars
 from worldline.eval.ranking import Ranked, ReplayDiagnostic, policy_table
 

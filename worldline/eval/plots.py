@@ -4,6 +4,7 @@ Figures are made without pyplot, so nothing global changes and no display is nee
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -164,6 +165,25 @@ def horizon_curves(
             shown, centre, color=colour, label=name, linewidth=2, marker="o" if len(shown) < 16 else None, markersize=4
         )
         axes.fill_between(shown, centre - spread, centre + spread, color=colour, alpha=0.15, linewidth=0)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def curve_bands(
+    curves: Mapping[str, Mapping[str, Sequence[Any]]], *, ylabel: str, xlabel: str = "imagined frame"
+) -> Figure:
+    """Curves as reports hold them: name -> `mean`, `low`, `high` by frame, which `frame` numbers (default 1, 2, ...).
+
+    A frame at which one of the three is None has no point.
+    """
+    figure, axes = _figure(6.4, 3.8, xlabel=xlabel, ylabel=ylabel)
+    for i, (name, curve) in enumerate(curves.items()):
+        numbers = curve.get("frame", range(1, len(curve["mean"]) + 1))
+        points = [p for p in zip(numbers, curve["mean"], curve["low"], curve["high"], strict=True) if None not in p]
+        x, mean, low, high = np.array(points, float).reshape(-1, 4).T
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(x, mean, color=colour, label=name, linewidth=2, marker="o" if len(x) < 16 else None, markersize=4)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 

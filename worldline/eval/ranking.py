@@ -19,7 +19,7 @@ from worldline.eval.contrasts import PolicyContrasts, policy_contrasts
 from worldline.eval.intervals import Interval, wilson
 from worldline.eval.prediction_powered import leave_one_policy_out, prediction_powered_rate
 from worldline.eval.ranking_statistics import RankStatistics, rank_statistics
-from worldline.eval.world_model import Replays
+from worldline.eval.replays import Replays
 from worldline.rl_in_imagination.dream import Dream, Rollouts, rollout
 from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
 from worldline.types import Observation, Policy

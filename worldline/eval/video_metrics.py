@@ -1,4 +1,4 @@
-"""PSNR and SSIM of imagined video by horizon, on all pixels and on those that moved.
+"""Squared error, PSNR and SSIM of imagined video by horizon, on all pixels and on those that moved.
 
 Most pixels of a robot video never change, so a model that copies its context scores well on all pixels. *Moved* pixels
 are those of the **real** video that differ, in any channel, by more than `threshold` grey levels from the last context
@@ -30,17 +30,19 @@ BATCH = 64  # frames whose SSIM maps are held at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoMetrics:
-    """PSNR in dB, SSIM in [-1, 1]; `moved_*` are NaN where `moved_mask` is False."""
+    """PSNR in dB, SSIM in [-1, 1], mean squared error in squared grey levels; `moved_*` are NaN where `moved_mask` is False."""
 
     psnr: Float[Tensor, "n t"]
     ssim: Float[Tensor, "n t"]
     moved_psnr: Float[Tensor, "n t"]
     moved_ssim: Float[Tensor, "n t"]
+    mse: Float[Tensor, "n t"]
+    moved_mse: Float[Tensor, "n t"]
     moved_mask: Bool[Tensor, "n t"]
     moved_fraction: Float[Tensor, "n t"]
 
     def over_frames(
-        self, name: Literal["psnr", "ssim", "moved_psnr", "moved_ssim"]
+        self, name: Literal["psnr", "ssim", "mse", "moved_psnr", "moved_ssim", "moved_mse"]
     ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Each episode's mean over its defined frames, and which episodes have any (the others hold NaN)."""
         values: Tensor = getattr(self, name)
@@ -52,9 +54,13 @@ class VideoMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lpips:
-    """`distance` is None where LPIPS cannot be computed here; `reason` says why, for the report."""
+    """`distance` is None where LPIPS cannot be computed here; `reason` says why, for the report.
+
+    `moved_distance` is the mean of LPIPS's map over moved pixels, NaN where there are none; None if they were not given.
+    """
 
     distance: Float[Tensor, "n t"] | None
+    moved_distance: Float[Tensor, "n t"] | None = None
     reason: str = ""
 
 
@@ -81,12 +87,14 @@ def compare_videos(
         raise WorldlineError(f"video metrics: frames of at least 6x6 pixels required, got {tuple(real.shape)}.")
     moved = moved_pixels(real, context, moved_against=moved_against, threshold=threshold)
     maps = [_frame_metrics(*part) for part in zip(*(x.flatten(0, 1).split(BATCH) for x in (real, imagined, moved)))]
-    psnr, ssim, moved_psnr, moved_ssim = (torch.cat(values).reshape(n, t) for values in zip(*maps))
+    psnr, ssim, moved_psnr, moved_ssim, mse, moved_mse = (torch.cat(values).reshape(n, t) for values in zip(*maps))
     return VideoMetrics(
         psnr=psnr,
         ssim=ssim,
         moved_psnr=moved_psnr,
         moved_ssim=moved_ssim,
+        mse=mse,
+        moved_mse=moved_mse,
         moved_mask=moved.flatten(2).any(-1),
         moved_fraction=moved.flatten(2).float().mean(-1),
     )
@@ -112,7 +120,7 @@ def copy_context(context: UInt8[Tensor, "n c h w"], frames: int) -> UInt8[Tensor
 
 def _frame_metrics(
     real: UInt8[Tensor, "b c h w"], imagined: UInt8[Tensor, "b c h w"], moved: Bool[Tensor, "b h w"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     from torchmetrics.functional.image import (  # seconds to import, so only where it is used
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
@@ -122,19 +130,28 @@ def _frame_metrics(
     psnr = peak_signal_noise_ratio(x, y, data_range=1.0, dim=(1, 2, 3), reduction="none").clamp(max=PSNR_CAP)
     ssim, ssim_map = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none", return_full_image=True)
     pixels = moved.flatten(1).sum(1).float()  # 0 / 0 below is the NaN that moved_mask announces
-    error = (((x - y) ** 2).mean(1) * moved).flatten(1).sum(1) / pixels
+    squared = ((x - y) ** 2).mean(1)
+    error = (squared * moved).flatten(1).sum(1) / pixels
     moved_psnr = (-10 * torch.log10(error)).clamp(max=PSNR_CAP)
     moved_ssim = (ssim_map.mean(1) * moved).flatten(1).sum(1) / pixels
-    return psnr, ssim, moved_psnr, moved_ssim
+    return psnr, ssim, moved_psnr, moved_ssim, squared.flatten(1).mean(1) * 255**2, error * 255**2
 
 
 def lpips_distance(
-    real: UInt8[Tensor, "n t c h w"], imagined: UInt8[Tensor, "n t c h w"], *, trunk: Literal["alex", "vgg"] = "alex"
+    real: UInt8[Tensor, "n t c h w"],
+    imagined: UInt8[Tensor, "n t c h w"],
+    *,
+    moved: Bool[Tensor, "n t h w"] | None = None,
+    trunk: Literal["alex", "vgg"] = "alex",
 ) -> Lpips:
-    """LPIPS of every frame, 0 for identical ones; or the reason why it cannot be had here."""
+    """LPIPS (Zhang et al. 1801.03924) of every frame, 0 for identical ones; or the reason why it cannot be had here.
+
+    With `moved`, also over those pixels alone, from LPIPS's map at the frames' own size.
+    """
     try:
         module: Any = importlib.import_module("lpips")
         network = module.LPIPS(net=trunk, verbose=False).eval()
+        mapper = None if moved is None else module.LPIPS(net=trunk, verbose=False, spatial=True).eval()
     except ImportError as error:
         return Lpips(distance=None, reason=f"LPIPS left out: `pip install worldline[lpips]` needed ({error})")
     except RuntimeError as error:  # torchvision built for another torch
@@ -142,9 +159,13 @@ def lpips_distance(
     except OSError as error:
         return Lpips(distance=None, reason=f"LPIPS left out: its {trunk} trunk could not be downloaded ({error})")
     n, t = real.shape[:2]
+    masks = torch.ones(n * t, 1, 1, dtype=torch.bool) if moved is None else moved.flatten(0, 1)
+    whole, on_moved = [], []
     with torch.inference_mode():
-        parts = [
-            network(x.float() / 127.5 - 1, y.float() / 127.5 - 1).flatten()
-            for x, y in zip(imagined.flatten(0, 1).split(BATCH), real.flatten(0, 1).split(BATCH))
-        ]
-    return Lpips(distance=torch.cat(parts).reshape(n, t).clone())
+        for x, y, mask in zip(*(v.split(BATCH) for v in (imagined.flatten(0, 1), real.flatten(0, 1), masks))):
+            pair = x.float() / 127.5 - 1, y.float() / 127.5 - 1
+            whole.append(network(*pair).flatten())
+            if mapper is not None:  # 0 / 0 is the NaN of a frame without moved pixels
+                on_moved.append((mapper(*pair)[:, 0] * mask).flatten(1).sum(1) / mask.flatten(1).sum(1))
+    moved_distance = torch.cat(on_moved).reshape(n, t).clone() if on_moved else None
+    return Lpips(distance=torch.cat(whole).reshape(n, t).clone(), moved_distance=moved_distance)

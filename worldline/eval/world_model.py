@@ -7,100 +7,25 @@ pixels and on pixels that moved; action sensitivity repeats the dream with the n
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from worldline.data import LeRobotDataset
-from worldline.errors import DatasetError
+from worldline.eval.consistency import multi_view_results, read_dimensions
+from worldline.eval.drift import drift_results
+from worldline.eval.frechet_results import latent_results, video_results
 from worldline.eval.intervals import PairedDifference, paired_interval
 from worldline.eval.probes import Probe
-from worldline.eval.video_metrics import VideoMetrics, compare_videos, copy_context, lpips_distance
+from worldline.eval.protocol import HORIZONS
+from worldline.eval.replays import Replays
+from worldline.eval.video_metrics import Lpips, VideoMetrics, compare_videos, copy_context, lpips_distance, moved_pixels
 from worldline.rl_in_imagination.dream import Dream, rollout
-from worldline.types import Observation, VideoTokenizer
+from worldline.types import VideoTokenizer
 
-HORIZONS = (1, 2, 5, 10, 20, 30, 40)
 ACTION_VARIANTS = ("true", "shuffled", "negated", "zeroed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replays:
-    """n real episodes cut to t frames, as the world model sees them: strided frames and whole action blocks."""
-
-    episodes: tuple[int, ...]
-    frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]]
-    poses: Float[Tensor, "n t p"]
-    actions: Float[Tensor, "n t-1 k a"]
-    instruction: tuple[str, ...]
-    frame_success: Tensor | None  # "n t" bool; None if any episode has no labels
-    states: Float[Tensor, "n t s"]
-    causes: tuple[str, ...]
-
-    @property
-    def first(self) -> Observation:
-        return Observation(
-            images={c: x[:, 0] for c, x in self.frames.items()}, pose=self.poses[:, 0], instruction=self.instruction
-        )
-
-
-def load_replays(
-    dataset: LeRobotDataset, episodes: Sequence[int], *, cameras: Sequence[str], frames: int | None, stride: int = 1
-) -> Replays:
-    """Episodes of at least `frames` frames (default: the shortest), from their first frame on.
-
-    Raises `DatasetError` if none is long enough.
-    """
-    lengths = [(dataset.length(i) - 1) // stride + 1 for i in episodes]
-    t = frames or min(lengths, default=0)
-    chosen = [i for i, length in zip(episodes, lengths) if length >= t]
-    if not chosen or t < 2:
-        raise DatasetError(
-            f"{dataset.root}: episodes of at least {max(t, 2)} frames required, the longest has {max(lengths, default=0)}"
-        )
-    read = [dataset.episode(i) for i in chosen]
-    k = read[0].actions.shape[1] * stride
-    rows = slice(0, (t - 1) * stride + 1, stride)
-    labels = [e.frame_success for e in read]
-    success = None
-    if all(label is not None for label in labels):
-        # a strided frame is a success if any frame since the one before it was
-        success = torch.stack([_strided_any(label, stride)[:t] for label in labels if label is not None])
-    return Replays(
-        episodes=tuple(chosen),
-        frames={c: torch.stack([e.frames[c][0 : rows.stop][::stride] for e in read]) for c in cameras},
-        poses=torch.stack([e.poses[rows] for e in read]),
-        actions=torch.stack([e.actions[: (t - 1) * stride].reshape(t - 1, k, -1) for e in read]),
-        instruction=tuple(e.instruction for e in read),
-        frame_success=success,
-        states=torch.stack([e.states[rows] for e in read]),
-        causes=tuple(e.provenance.get("cause", "unknown") for e in read),
-    )
-
-
-def join_replays(parts: Sequence[Replays]) -> Replays:
-    """The episodes of several datasets, all cut to the shortest. Labels and states are kept where all parts have them alike."""
-    t = min(part.poses.shape[1] for part in parts)
-    alike = len({part.states.shape[2] for part in parts}) == 1
-    labels = [part.frame_success[:, :t] for part in parts if part.frame_success is not None]
-    return Replays(
-        episodes=tuple(i for part in parts for i in part.episodes),
-        frames={c: torch.cat([part.frames[c][:, :t] for part in parts]) for c in parts[0].frames},
-        poses=torch.cat([part.poses[:, :t] for part in parts]),
-        actions=torch.cat([part.actions[:, : t - 1] for part in parts]),
-        instruction=tuple(text for part in parts for text in part.instruction),
-        frame_success=torch.cat(labels) if len(labels) == len(parts) else None,
-        states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
-        causes=tuple(cause for part in parts for cause in part.causes),
-    )
-
-
-def _strided_any(label: Tensor, stride: int) -> Tensor:
-    if stride == 1:
-        return label
-    groups = label[1:][: (len(label) - 1) // stride * stride].unflatten(0, (-1, stride)).any(1)
-    return torch.cat([label[:1], groups])
 
 
 def action_variants(actions: Float[Tensor, "n t k a"]) -> dict[str, Float[Tensor, "n t k a"]]:
@@ -130,11 +55,22 @@ def evaluate_world_model(
     probe: Probe | None = None,
     probe_truth: Float[Tensor, "n t d"] | None = None,
     inverse_model: Probe | None = None,
+    pose_probes: Mapping[str, Probe] | None = None,
+    i3d: Path | None = None,
     seed: int = 0,
     batch: int = 16,
     progress: bool = True,
 ) -> WorldModelEvaluation:
-    """Imagine every replay and measure. See docs/reports.md for the keys of `results`."""
+    """Imagine every replay and measure. See docs/reports.md for the keys of `results`.
+
+    Args:
+        action_free: the same network without actions, a second trivial predictor.
+        probe, probe_truth: of object positions, and what it should read of every frame.
+        inverse_model: a probe of actions.
+        pose_probes: camera -> a probe of the pose from that camera alone.
+        i3d: TorchScript file of the I3D network, for FVD.
+        seed: of the noise; episodes differ by their place.
+    """
     n, t = replays.poses.shape[:2]
     seeds = torch.arange(n) + seed * 1_000_003
     variants = action_variants(replays.actions)
@@ -178,6 +114,7 @@ def evaluate_world_model(
         for name, frames in dreams.items()
     }
     against = _against(metrics, t)
+    lpips = {c: _lpips(x, dreams["true"][c]) for c, x in replays.frames.items()}
     results: dict[str, Any] = {
         "episodes": n,
         "frames": t,
@@ -190,12 +127,21 @@ def evaluate_world_model(
             float((replays.poses[:, 0] - replays.poses[:, h]).norm(dim=-1).mean()) for h in range(1, t)
         ],
         "speed": {"frames_per_second": n * (t - 1) * len(variants) / seconds, "batch": batch, "device": _device(dream)},
-        "lpips": _lpips(replays, dreams["true"]),
+        "lpips": {
+            c: {"mean": None if x.distance is None else float(x.distance.mean()), "reason": x.reason}
+            for c, x in lpips.items()
+        },
+        "drift": drift_results(replays.frames, metrics, episodes=replays.episodes, lpips=lpips),
+        "latent_frechet": latent_results(replays.frames, dreams, dream.tokenizer),
+        "fvd": video_results(replays.frames, dreams, i3d),
     }
     if probe is not None and probe_truth is not None:
         results["object_position"] = object_position(probe, replays, dreams, probe_truth)
     if inverse_model is not None:
         results["action_following"] = action_following(inverse_model, replays, dreams)
+    if pose_probes:
+        poses = read_dimensions(replays.poses, dream.spec.pose_names, next(iter(pose_probes.values())))
+        results["multi_view"] = multi_view_results(pose_probes, replays.frames, dreams, poses)
     return WorldModelEvaluation(results=results, metrics=metrics, dreams=dreams, replays=replays)
 
 
@@ -298,12 +244,9 @@ def _sensitivity(
     return out
 
 
-def _lpips(replays: Replays, dreamed: Mapping[str, Tensor]) -> dict[str, Any]:
-    out = {}
-    for camera, real in replays.frames.items():
-        found = lpips_distance(real[:, 1:], dreamed[camera][:, 1:])
-        out[camera] = {"mean": None if found.distance is None else float(found.distance.mean()), "reason": found.reason}
-    return out
+def _lpips(real: UInt8[Tensor, "n t c h w"], imagined: UInt8[Tensor, "n t c h w"]) -> Lpips:
+    moved = moved_pixels(real[:, 1:], real[:, 0])
+    return lpips_distance(real[:, 1:], imagined[:, 1:], moved=moved)
 
 
 def object_position(

@@ -1,7 +1,8 @@
 """Stage `probe`: train a small regressor on real frames that will read imagined ones.
 
 Targets: `object` (where the manipulated object is, in pixels of a camera), `action` (the mean action of the block between
-two frames: an inverse dynamics model), `state` (any columns of the recorded low-dimensional state).
+two frames: an inverse dynamics model), `state` (any columns of the recorded low-dimensional state), `pose` (the recorded
+pose, read from one camera alone: two such probes tell whether the views of an imagined frame agree).
 """
 
 from collections.abc import Mapping
@@ -35,12 +36,13 @@ class TrainProbe:
     """Dataset folders."""
     out: Path
     """Folder for the checkpoint."""
-    target: Literal["object", "action", "state"] = "object"
-    """object: pixel position of the manipulated object (Meta-World). action: inverse dynamics. state: --columns."""
+    target: Literal["object", "action", "state", "pose"] = "object"
+    """object: pixel position of the manipulated object (Meta-World). action: inverse dynamics. state: --columns.
+    pose: the recorded pose, seen by --camera alone."""
     columns: tuple[int, ...] = ()
-    """Columns of the recorded state to predict (target state)."""
+    """Columns to predict: of the recorded state (target state), of the pose (target pose; all by default)."""
     camera: str = "corner2"
-    """The camera in whose pixels an object's position is told (target object)."""
+    """The camera in whose pixels an object's position is told (target object), or the only one seen (target pose)."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them."""
     stride: int = 1
@@ -106,6 +108,19 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
             return torch.arange(len(episode)), object_pixels(episode.states, camera)
 
         return pixels, (f"{config.camera}/row", f"{config.camera}/column"), 1
+    if config.target == "pose":
+        names = dataset.spec.pose_names
+        if max(config.columns, default=0) >= len(names):
+            raise DatasetError(
+                f"{dataset.root}: --target pose needs --columns below {len(names)}, the number of pose dimensions; "
+                f"got {config.columns or 'none'}, poses are {list(names)}"
+            )
+        columns = list(config.columns or range(len(names)))
+
+        def poses(episode: Episode) -> tuple[Tensor, Tensor]:
+            return torch.arange(len(episode)), episode.poses[:, columns]
+
+        return poses, tuple(names[i] for i in columns), 1
     if not config.columns:
         raise DatasetError("--target state needs --columns, got none")
 
@@ -122,12 +137,13 @@ def run(config: TrainProbe, *, progress: bool = True) -> Path:
     training = open_datasets(config.data, "train", stride=config.stride)
     held_out = open_datasets(config.data, "held-out", stride=config.stride)
     function, names, window = _target(config, training[0].dataset)
-    draw = SampleDraw(training, function, window=window)
+    camera = config.camera if config.target == "pose" else None
+    draw = SampleDraw(training, function, window=window, camera=camera)
     claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer", "stride"))
     torch.manual_seed(config.loop.seed)
     settings = ProbeConfig(target=config.target, names=names, encoder=EncoderConfig(window=window, shift=0))
     probe = Probe(settings, draw.spec, RobustNormalizer.fit(draw.targets))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    stage = _ProbeStage(probe, draw, SampleDraw(held_out, function, window=window), tokenizer)
+    stage = _ProbeStage(probe, draw, SampleDraw(held_out, function, window=window, camera=camera), tokenizer)
     provenance = data_provenance(training, config.out)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

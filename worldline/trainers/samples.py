@@ -1,7 +1,7 @@
 """Single moments of episodes as training samples: what policies, scorers, inverse models and probes learn from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -39,6 +39,7 @@ class SampleDraw:
         target: episode -> (times "m", values "m ..."): the frames it is defined at, and its values there.
         window: frames stacked, the selections' stride apart; before the first frame the first one is repeated.
         balance: draw moments with target > 0.5 and the others equally often (binary targets).
+        camera: the one camera whose frames are given; by default all. Raises `SpecMismatch` if there is none of that name.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class SampleDraw:
         *,
         window: int = 1,
         balance: bool = False,
+        camera: str | None = None,
     ) -> None:
         self.selections, self.window = selections, window
-        self.spec = selections[0].spec
+        spec = selections[0].spec
+        self.spec = spec if camera is None else replace(spec, cameras=(spec.camera(camera),))
         self.moments: list[_Moments] = []
         owner, flat = [], []
         for which, s in enumerate(selections):

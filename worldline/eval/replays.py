@@ -1,0 +1,90 @@
+"""Real episodes as a world model sees them: strided frames and whole action blocks, to be imagined again and compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from worldline.data import LeRobotDataset
+from worldline.errors import DatasetError
+from worldline.types import Observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replays:
+    """n real episodes cut to t frames, as the world model sees them: strided frames and whole action blocks."""
+
+    episodes: tuple[int, ...]
+    frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]]
+    poses: Float[Tensor, "n t p"]
+    actions: Float[Tensor, "n t-1 k a"]
+    instruction: tuple[str, ...]
+    frame_success: Tensor | None  # "n t" bool; None if any episode has no labels
+    states: Float[Tensor, "n t s"]
+    causes: tuple[str, ...]
+
+    @property
+    def first(self) -> Observation:
+        return Observation(
+            images={c: x[:, 0] for c, x in self.frames.items()}, pose=self.poses[:, 0], instruction=self.instruction
+        )
+
+
+def load_replays(
+    dataset: LeRobotDataset, episodes: Sequence[int], *, cameras: Sequence[str], frames: int | None, stride: int = 1
+) -> Replays:
+    """Episodes of at least `frames` frames (default: the shortest), from their first frame on.
+
+    Raises `DatasetError` if none is long enough.
+    """
+    lengths = [(dataset.length(i) - 1) // stride + 1 for i in episodes]
+    t = frames or min(lengths, default=0)
+    chosen = [i for i, length in zip(episodes, lengths) if length >= t]
+    if not chosen or t < 2:
+        raise DatasetError(
+            f"{dataset.root}: episodes of at least {max(t, 2)} frames required, the longest has {max(lengths, default=0)}"
+        )
+    read = [dataset.episode(i) for i in chosen]
+    k = read[0].actions.shape[1] * stride
+    rows = slice(0, (t - 1) * stride + 1, stride)
+    labels = [e.frame_success for e in read]
+    success = None
+    if all(label is not None for label in labels):
+        # a strided frame is a success if any frame since the one before it was
+        success = torch.stack([_strided_any(label, stride)[:t] for label in labels if label is not None])
+    return Replays(
+        episodes=tuple(chosen),
+        frames={c: torch.stack([e.frames[c][0 : rows.stop][::stride] for e in read]) for c in cameras},
+        poses=torch.stack([e.poses[rows] for e in read]),
+        actions=torch.stack([e.actions[: (t - 1) * stride].reshape(t - 1, k, -1) for e in read]),
+        instruction=tuple(e.instruction for e in read),
+        frame_success=success,
+        states=torch.stack([e.states[rows] for e in read]),
+        causes=tuple(e.provenance.get("cause", "unknown") for e in read),
+    )
+
+
+def join_replays(parts: Sequence[Replays]) -> Replays:
+    """The episodes of several datasets, all cut to the shortest. Labels and states are kept where all parts have them alike."""
+    t = min(part.poses.shape[1] for part in parts)
+    alike = len({part.states.shape[2] for part in parts}) == 1
+    labels = [part.frame_success[:, :t] for part in parts if part.frame_success is not None]
+    return Replays(
+        episodes=tuple(i for part in parts for i in part.episodes),
+        frames={c: torch.cat([part.frames[c][:, :t] for part in parts]) for c in parts[0].frames},
+        poses=torch.cat([part.poses[:, :t] for part in parts]),
+        actions=torch.cat([part.actions[:, : t - 1] for part in parts]),
+        instruction=tuple(text for part in parts for text in part.instruction),
+        frame_success=torch.cat(labels) if len(labels) == len(parts) else None,
+        states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
+        causes=tuple(cause for part in parts for cause in part.causes),
+    )
+
+
+def _strided_any(label: Tensor, stride: int) -> Tensor:
+    if stride == 1:
+        return label
+    groups = label[1:][: (len(label) - 1) // stride * stride].unflatten(0, (-1, stride)).any(1)
+    return torch.cat([label[:1], groups])

@@ -1,7 +1,7 @@
 """Verbs `imagine` and `eval`: watch a world model dream held-out episodes, and measure it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
+from worldline.commands.sampling import SamplingFlags, load_dream
 from worldline.data import LeRobotDataset, strided
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
@@ -18,15 +19,16 @@ from worldline.eval.probes import Probe
 from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
 from worldline.eval.replays import Replays, load_replays
+from worldline.eval.revisit import revisit_identity
 from worldline.eval.world_model import evaluate_world_model
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
-from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
+from worldline.worldmodels import AutoregressiveWorldModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Imagine:
+class Imagine(SamplingFlags):
     """Replay an episode's actions in a world model's dream; real and imagined side by side.
 
     Example: worldline imagine --world-model runs/wm --data data/drawer --episode 3 --out out.mp4
@@ -41,7 +43,6 @@ class Imagine:
     """How many frames; the whole episode by default."""
     actions: Literal["true", "negated", "zeroed"] = "true"
     """What the dream is given: the recorded actions, or wrong ones to see that it obeys them."""
-    solver_steps: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,28 +56,6 @@ def _at_least(config: Any, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: at least {low} required, got {value}")
 
 
-def load_dream(folder: Path, *, solver_steps: int | None = None, history_level: float | None = None) -> Dream:
-    """A dream from a world-model folder, on the GPU if there is one.
-
-    Args:
-        solver_steps, history_level: instead of the checkpoint's own. Raises `WorldlineError` for what its training never
-            showed.
-    """
-    model, tokenizer = load_world_model(folder)
-    for name, value, advice in (
-        ("solver_steps", solver_steps, "Use fewer."),
-        ("history_level", history_level, "Use a level that training showed."),
-    ):
-        if value is None:
-            continue
-        try:
-            model = model.with_sampling(**{name: value})
-        except ValueError as error:  # the model's own check of its settings
-            raise WorldlineError(f"--{name.replace('_', '-')}: {error}. {advice}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Dream(model.to(device), tokenizer.to(device))
-
-
 def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
     """The dataset and the stride at which it is the world model's. Raises `SpecMismatch` with the differing fields."""
     dataset = LeRobotDataset(data, cameras=[c.name for c in dream.spec.cameras])
@@ -88,7 +67,7 @@ def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
 def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     """Write the video and return its path."""
     check_video_file(config.out)
-    dream = load_dream(config.world_model, solver_steps=config.solver_steps)
+    dream = load_dream(config.world_model, config.sampling())
     dataset, stride = open_for(dream, config.data)
     if not 0 <= config.episode < len(dataset):
         raise WorldlineError(f"--episode 0 to {len(dataset) - 1} required by {config.data}, got {config.episode}")
@@ -117,7 +96,7 @@ def _one(frames: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate:
+class Evaluate(SamplingFlags):
     """Measure a world model on held-out episodes: video quality by horizon, action sensitivity, what it gets wrong.
 
     Example: worldline eval --world-model runs/wm --data data/drawer --split held-out --out reports/wm
@@ -144,23 +123,24 @@ class Evaluate:
     """I3D weights for FVD: the TorchScript file of the StyleGAN-V protocol. Without it FVD is not measured."""
     scorer: Path | None = None
     """A success scorer: adds the replay diagnostic."""
-    solver_steps: int | None = None
-    """Steps of the solver instead of the checkpoint's own."""
-    history_level: float | None = None
-    """Noise level given to finished frames instead of the checkpoint's own; one that training showed."""
+    identity_probe: Path | None = None
+    """A probe of what lies below the hand (`worldline train probe --target identity`, arm/... data): does the dream bring back what
+    it saw long ago?"""
+    away: int = 34
+    """Frames that it must have been out of sight (with --identity-probe)."""
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, frames=2, max_episodes=1, solver_steps=1, batch=1, videos=0)
+        _at_least(self, frames=2, max_episodes=1, solver_steps=1, away=1, batch=1, videos=0)
 
 
 def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     """Evaluate, write the report, return its folder."""
     check_report_folder(config.out)
-    dream = load_dream(config.world_model, solver_steps=config.solver_steps, history_level=config.history_level)
+    dream = load_dream(config.world_model, config.sampling())
     dataset, stride = open_for(dream, config.data)
     cameras = [c.name for c in dream.spec.cameras]
     episodes = dataset.split(config.split)[: config.max_episodes]
@@ -186,6 +166,10 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         probability = imagine_replays(dream, judges.scorer, replays, **options)
         diagnostic = replay_diagnostic(judges.scorer, replays, probability)
         results["replay_diagnostic"] = diagnostic.to_dict()
+    if judges.identity is not None:
+        results["revisit"] = revisit_identity(
+            dream, replays, judges.identity, away=config.away, seed=config.seed, progress=progress
+        )
     report = Report(
         f"World model {config.world_model.name}",
         command=command_line("eval", config),
@@ -202,7 +186,7 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         report.warning(f"{left_out} of {len(episodes)} episodes are shorter than --frames {config.frames}: left out.")
     if config.i3d is not None and results["fvd"]["reason"]:
         report.warning(f"FVD: {results['fvd']['reason']}")
-    evaluation_page(report, found, results["protocol"], diagnostic, config.videos, dream.spec.fps)
+    evaluation_page(report, found, results, diagnostic, config.videos, dream.spec.fps)
     report.write(config.out, results)
     return config.out
 
@@ -213,10 +197,9 @@ def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any
     return protocol_results(
         frames=replays.poses.shape[1],
         episodes=len(replays.episodes),
-        solver_steps=sampling.solver_steps,
-        history_level=sampling.history_level,
+        sampling={f.name: getattr(sampling, f.name) for f in fields(SamplingFlags)},
         seed=config.seed,
-        overridden=tuple(name for name in ("solver_steps", "history_level") if getattr(config, name) is not None),
+        overridden=tuple(config.sampling()),
     )
 
 
@@ -228,17 +211,17 @@ class _Judges:
     probe: Probe | None
     inverse_model: Probe | None
     pose_probes: Mapping[str, Probe]
+    identity: Probe | None
     scorer: SuccessScorer | None
 
 
 def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
     judges = _Judges(
-        action_free=load_dream(config.action_free, solver_steps=config.solver_steps, history_level=config.history_level)
-        if config.action_free
-        else None,
+        action_free=load_dream(config.action_free, _without_actions(config.sampling())) if config.action_free else None,
         probe=Probe.from_pretrained(config.probe) if config.probe else None,
         inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
         pose_probes=by_camera({f"--pose-probes {path}": Probe.from_pretrained(path) for path in config.pose_probes}),
+        identity=Probe.from_pretrained(config.identity_probe) if config.identity_probe else None,
         scorer=SuccessScorer.from_pretrained(config.scorer) if config.scorer else None,
     )
     if judges.action_free is not None:
@@ -246,12 +229,18 @@ def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
     for judge, flag, only in (
         (judges.probe, "--probe", ("cameras",)),
         (judges.inverse_model, "--inverse-model", ("cameras", "control_steps")),
+        (judges.identity, "--identity-probe", ("cameras",)),
         (judges.scorer, "--scorer", ("cameras", "control_steps")),
         *((probe, "--pose-probes", ("cameras", "pose_names")) for probe in judges.pose_probes.values()),
     ):
         if judge is not None:
             require_match(spec, judge.spec, between=f"world model and {flag}", only=only)
     return judges
+
+
+def _without_actions(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings for a model that knows no actions: there is nothing to guide it by."""
+    return {name: value for name, value in sampling.items() if name != "guidance"}
 
 
 def _probe_truth(probe: Probe, replays: Replays, dataset: LeRobotDataset) -> Tensor:

@@ -15,14 +15,13 @@ from worldline.eval.world_model import WorldModelEvaluation
 def evaluation_page(
     report: Report,
     found: WorldModelEvaluation,
-    protocol: Mapping[str, Any],
+    results: Mapping[str, Any],
     diagnostic: ReplayDiagnostic | None,
     videos: int,
     fps: float,
 ) -> None:
-    """Everything that `eval` measured, in reading order."""
-    results = found.results
-    protocol_text(report, protocol)
+    """Everything that `eval` measured, in reading order. `results` are all that report.json will hold."""
+    protocol_text(report, results["protocol"])
     report.text(
         f"{results['episodes']} held-out episodes of {results['frames']} frames, each imagined from its first frame under its "
         "recorded actions. **Moved** pixels are those of the real video that differ from the first frame."

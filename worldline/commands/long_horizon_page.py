@@ -41,13 +41,32 @@ def protocol_text(report: Report, protocol: Mapping[str, Any]) -> None:
 
 
 def long_horizon_tables(report: Report, results: Mapping[str, Any]) -> None:
-    """Plots and tables of `drift`, `latent_frechet`, `fvd` and `multi_view`."""
+    """Plots and tables of `drift`, `latent_frechet`, `fvd`, `multi_view` and `revisit`."""
     _drift(report, results["drift"])
     _frechet(report, results)
     if "multi_view" in results:
         _multi_view(report, results["multi_view"])
     else:
         report.text("Agreement of the views: not measured (no --pose-probes given).")
+    if "revisit" in results:
+        _revisit(report, results["revisit"])
+
+
+def _revisit(report: Report, found: Mapping[str, Any]) -> None:
+    names = [name for name in ("real", "reconstructed", "imagined", "dreamt absence") if name in found]
+
+    def cell(name: str, what: str) -> str:
+        got = found[name][what]
+        return f"{got['rate']:.2f} [{got['low']:.2f}, {got['high']:.2f}]"
+
+    report.table(
+        "What returns after an absence: how often a probe reads the right colour and shape",
+        ["frames read", "colour", "shape", "both"],
+        [[name, *(cell(name, what) for what in ("colour", "shape", "both"))] for name in names],
+        note=f"{found['episodes']} episodes, out of sight for {found['mean_absence']:.0f} frames on average, at least {found['away']}. By "
+        f"chance: colour {found['chance']['colour']:.2f}, shape {found['chance']['shape']:.2f}. **imagined** was given the real frames up to "
+        "the return, **dreamt absence** only those before the object left.",
+    )
 
 
 def _drift(report: Report, drift: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from worldline.commands.dreaming import load_dream, open_for
+from worldline.commands.dreaming import open_for
 from worldline.commands.independence import shared_with_training
 from worldline.commands.outputs import check_report_folder, command_line
 from worldline.commands.ranking_page import ranking_page
@@ -22,6 +22,7 @@ from worldline.commands.rollouts import (
     identity_of,
     weights_of,
 )
+from worldline.commands.sampling import SamplingFlags, load_dream
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.ranking import (
@@ -44,7 +45,7 @@ from worldline.types import Observation, Policy, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
+class Rank(SamplingFlags):
     """Rank policies by imagined rollouts.
 
     With --truth the dreams start from the first frames of the very episodes that give the truth, and the report says how
@@ -85,7 +86,6 @@ class Rank:
     own_actions: int = 0
     """True rollouts a policy of the very actions it took in imagination. Where simulator and dream say the same of them, what
     is wrong is what the policy saw; where they do not, what actions lead to, or the scorer. Needs --truth."""
-    solver_steps: int | None = None
     seed: int = 0
     batch: int = 50
     processes: int | None = None
@@ -192,10 +192,10 @@ def labels(policies: tuple[str, ...]) -> list[str]:
 
 
 def _load_judges(config: Rank) -> _Judges:
-    dream = load_dream(config.world_model, solver_steps=config.solver_steps)
+    dream = load_dream(config.world_model, config.sampling())
     scorer = SuccessScorer.from_pretrained(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
-    identity = [weights_of(config.world_model), weights_of(config.scorer), config.seed, config.solver_steps]
+    identity = [weights_of(config.world_model), weights_of(config.scorer), config.seed, config.sampling()]
     return _Judges(dream=dream, scorer=scorer, kept=Kept(config.out / "rollouts"), identity=identity)
 
 

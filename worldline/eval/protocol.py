@@ -4,6 +4,7 @@ Numbers of two reports may be compared when their `version` is the same, neither
 the same. A change of any field below, or of what a measure means, is a new version.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,7 @@ class EvaluationProtocol:
     version: str = "worldline-eval-2"
     context_frames: int = 1
     actions: str = "recorded"
-    solver_steps: str = "the checkpoint's own"
-    history_level: str = "the checkpoint's own"
+    sampling: str = "the checkpoint's own"
     seed: int = 0  # the i-th episode's noise has the seed i + 1000003 * seed
     horizons: tuple[int, ...] = HORIZONS
     moved_threshold: int = MOVED_THRESHOLD  # grey levels from the first frame, in some channel
@@ -41,12 +41,13 @@ PROTOCOL = EvaluationProtocol()
 
 
 def protocol_results(
-    *, frames: int, episodes: int, solver_steps: int, history_level: float, seed: int, overridden: tuple[str, ...] = ()
+    *, frames: int, episodes: int, sampling: Mapping[str, Any], seed: int, overridden: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """The protocol, what this run used of what it leaves open, and where the run departs from it.
 
     Args:
         frames: of each rollout, the context included.
+        sampling: the world model's settings, by name.
         overridden: sampling settings that were not the checkpoint's own.
     """
     deviations = [f"{name} is not the checkpoint's own" for name in overridden]
@@ -57,8 +58,7 @@ def protocol_results(
     used = {
         "frames": frames,
         "episodes": episodes,
-        "solver_steps": solver_steps,
-        "history_level": history_level,
+        **sampling,
         "seed": seed,
     }
     return {**asdict(PROTOCOL), "used": used, "deviations": deviations}

@@ -11,18 +11,39 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from worldline.errors import DatasetError
+from worldline.errors import CheckpointError, DatasetError
 from worldline.eval.intervals import wilson
 from worldline.eval.probes import Probe
-from worldline.eval.world_model import Replays
+from worldline.eval.replays import Replays
 from worldline.rl_in_imagination.dream import Dream
+from worldline.sim.arm import cell_in_view, cells_in_sight
+from worldline.sim.arm_scene import CELL_COLUMNS, CELLS_FROM, COLOURS, SHAPES
 from worldline.types import Clip
 
 LONGEST_JUDGED = 16  # frames after the return
+IDENTITIES = (*(f"colour/{name}" for name in COLOURS), *(f"shape/{name}" for name in SHAPES))
+"""Outputs of an identity probe: one for each colour and each shape, 1 for what is there and 0 for what is not."""
+
+
+def below_the_hand(states: Float[Tensor, "t s"]) -> tuple[Tensor, Tensor]:
+    """Frames "m" at which a cell is at the centre of the wrist camera's picture, and what lies there, "m 11" (`IDENTITIES`)."""
+    centre = cell_in_view(states)
+    times = (centre >= 0).nonzero()[:, 0]
+    kind = [_kind(states[i], int(centre[i])) for i in times.tolist()]
+    colour, shape = (torch.tensor([k[j] for k in kind], dtype=torch.long) for j in (0, 1))
+    return times, torch.cat([F.one_hot(colour, len(COLOURS)), F.one_hot(shape, len(SHAPES))], dim=1).float()
+
+
+def _kind(state: Tensor, cell: int) -> tuple[int, int]:
+    """Colour and shape (indices) of a cell's object."""
+    at = CELLS_FROM + cell * len(CELL_COLUMNS)
+    colour, shape = (int(state[at + CELL_COLUMNS.index(name)]) for name in ("colour", "shape"))
+    return colour, shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +65,6 @@ def find_revisits(states: Float[Tensor, "n t s"], *, away: int, judged: int = 3)
     The cell must have been at the picture's centre before it left, and be there for at least `judged` of the
     `LONGEST_JUDGED` frames after it came back. `states` are an `arm/...` world's; others raise `SimulatorError`.
     """
-    from worldline.sim.arm import cell_in_view, cells_in_sight
-    from worldline.sim.arm_scene import CELL_COLUMNS, CELLS_FROM
-
     found = []
     for row, episode in enumerate(states):
         sight, centre = cells_in_sight(episode), cell_in_view(episode)
@@ -58,10 +76,15 @@ def find_revisits(states: Float[Tensor, "n t s"], *, away: int, judged: int = 3)
                 known = bool((centre[: last + 1] == cell).any())
                 longest = best.returned - best.left if best else away - 1
                 if known and len(after) >= judged and again - (last + 1) > longest:
-                    at = CELLS_FROM + cell * len(CELL_COLUMNS)
-                    colour, shape = (int(episode[0, at + CELL_COLUMNS.index(name)]) for name in ("colour", "shape"))
+                    colour, shape = _kind(episode[0], cell)
                     best = Revisit(
-                        row=row, cell=cell, left=last + 1, returned=again, judged=tuple(after), colour=colour, shape=shape
+                        row=row,
+                        cell=cell,
+                        left=last + 1,
+                        returned=again,
+                        judged=tuple(after),
+                        colour=colour,
+                        shape=shape,
                     )
         if best is not None:
             found.append(best)
@@ -76,8 +99,13 @@ def revisit_identity(
     `real`: the recorded frames (the probe's own limit). `reconstructed`: the same through the tokenizer. `imagined`: dreamt from
     the return on. `dreamt absence`: dreamt since the cell was left. `away`: least frames out of sight.
 
-    Raises `DatasetError` if no episode has such a revisit, `SimulatorError` if the data is not of an `arm/...` world.
+    Raises `DatasetError` if no episode has such a revisit, `SimulatorError` if the data is not of an `arm/...` world,
+    `CheckpointError` if the probe reads something else.
     """
+    if probe.config.names != IDENTITIES:
+        raise CheckpointError(
+            f"an identity probe is required (`worldline train probe --target identity`), got one of {probe.config.target}"
+        )
     revisits = find_revisits(replays.states, away=away)
     if not revisits:
         raise DatasetError(
@@ -103,7 +131,7 @@ def revisit_identity(
         "away": away,
         "episodes": len(rows),
         "mean_absence": sum(r["returned"] - r["left"] for r in rows) / len(rows),
-        "chance": dict(zip(("colour", "shape"), _chances(probe))),
+        "chance": {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES)},
         **{name: _rates([r["right"][name] for r in rows]) for name in rows[0]["right"]},
         "by_episode": rows,
     }
@@ -112,8 +140,7 @@ def revisit_identity(
 def identify(probe: Probe, frames: dict[str, Tensor]) -> tuple[int, int]:
     """Colour and shape (indices) that an identity probe reads off frames "t c h w" of one object, by the mean of its outputs."""
     read = probe(frames).mean(0)
-    colours = sum(name.startswith("colour/") for name in probe.config.names)
-    return int(read[:colours].argmax()), int(read[colours:].argmax())
+    return int(read[: len(COLOURS)].argmax()), int(read[len(COLOURS) :].argmax())
 
 
 def _dreamt(dream: Dream, replays: Replays, revisit: Revisit, given: int, seed: int) -> dict[str, Tensor]:
@@ -132,11 +159,6 @@ def _dreamt(dream: Dream, replays: Replays, revisit: Revisit, given: int, seed: 
     _, made = dream.world_model.imagine(state, actions, seeds=torch.tensor([seed + row]))
     wanted = [i - given for i in revisit.judged]
     return dict(dream.tokenizer.decode({c: z[:, wanted] for c, z in made.latents.items()}))
-
-
-def _chances(probe: Probe) -> tuple[float, float]:
-    colours = sum(name.startswith("colour/") for name in probe.config.names)
-    return 1 / colours, 1 / (len(probe.config.names) - colours)
 
 
 def _rates(right: Sequence[dict[str, bool]]) -> dict[str, Any]:

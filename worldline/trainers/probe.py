@@ -1,7 +1,8 @@
 """Stage `probe`: train a small regressor on real frames that will read imagined ones.
 
 Targets: `object` (where the manipulated object is, in pixels of a camera), `action` (the mean action of the block between
-two frames: an inverse dynamics model), `state` (any columns of the recorded low-dimensional state), `pose` (the recorded
+two frames: an inverse dynamics model), `state` (any columns of the recorded low-dimensional state), `identity` (what lies
+below the hand of an arm/... world, see `worldline.eval.revisit`), `pose` (the recorded
 pose, read from one camera alone: two such probes tell whether the views of an imagined frame agree).
 """
 
@@ -36,9 +37,9 @@ class TrainProbe:
     """Dataset folders."""
     out: Path
     """Folder for the checkpoint."""
-    target: Literal["object", "action", "state", "pose"] = "object"
+    target: Literal["object", "action", "state", "pose", "identity"] = "object"
     """object: pixel position of the manipulated object (Meta-World). action: inverse dynamics. state: --columns.
-    pose: the recorded pose, seen by --camera alone."""
+    pose: the recorded pose, seen by --camera alone. identity: colour and shape of what lies below the hand (arm/...)."""
     columns: tuple[int, ...] = ()
     """Columns to predict: of the recorded state (target state), of the pose (target pose; all by default)."""
     camera: str = "corner2"
@@ -108,6 +109,14 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
             return torch.arange(len(episode)), object_pixels(episode.states, camera)
 
         return pixels, (f"{config.camera}/row", f"{config.camera}/column"), 1
+    if config.target == "identity":
+        from worldline.eval.revisit import IDENTITIES, below_the_hand
+
+        if dataset.spec.action.embodiment != "worldline-arm":
+            raise DatasetError(
+                f"--target identity reads states of arm/..., {dataset.root} is of {dataset.spec.action.embodiment}"
+            )
+        return lambda episode: below_the_hand(episode.states), IDENTITIES, 1
     if config.target == "pose":
         names = dataset.spec.pose_names
         if max(config.columns, default=0) >= len(names):
@@ -137,7 +146,7 @@ def run(config: TrainProbe, *, progress: bool = True) -> Path:
     training = open_datasets(config.data, "train", stride=config.stride)
     held_out = open_datasets(config.data, "held-out", stride=config.stride)
     function, names, window = _target(config, training[0].dataset)
-    camera = config.camera if config.target == "pose" else None
+    camera = {"pose": config.camera, "identity": "wrist"}.get(config.target)
     draw = SampleDraw(training, function, window=window, camera=camera)
     claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer", "stride"))
     torch.manual_seed(config.loop.seed)

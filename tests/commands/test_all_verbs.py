@@ -72,7 +72,15 @@ def test_eval_prints_its_protocol_and_what_departs_from_it(lab: Lab, worldline: 
     found, page = results(out, videos=False), (out / "report.html").read_text()
     protocol = found["protocol"]
     assert protocol["version"] == PROTOCOL.version and protocol["version"] in page
-    assert protocol["used"] == {"frames": 6, "episodes": 4, "solver_steps": 1, "history_level": 0.2, "seed": 0}
+    used = {
+        "frames": 6,
+        "episodes": 4,
+        "solver_steps": 1,
+        "history_level": 0.2,
+        "guidance": 1.0,
+        "cache_write": "clean",
+    }
+    assert protocol["used"] == {**used, "seed": 0}
     assert protocol["deviations"][0] == "history_level is not the checkpoint's own" and len(protocol["deviations"]) == 2
     assert len(found["drift"]["moving"]["share"]) == 5
     assert "imagined frame 100 required" in found["drift"]["excess"]["reason"]

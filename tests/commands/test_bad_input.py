@@ -57,6 +57,8 @@ def world_model(lab: Lab, data: object, out: Path, *options: object) -> list[obj
         out,
         "--frames",
         4,
+        "--model.network.window",
+        4,
         *small,
         *options,
     ]
@@ -393,6 +395,13 @@ def test_settings_that_cannot_be(lab: Lab, worldline: Run, tmp_path: Path) -> No
         worldline(*evaluate, "--history-level", 0.9), "--history-level: history_level must be a level that training"
     )
     refused(worldline(*evaluate, "--pose-probes", lab.scorer), "probe")
+    refused(worldline(*evaluate, "--guidance", 2), "--guidance: guidance=2", "never was trained on (action_dropout=0)")
+    wide = world_model(lab, lab.data, out, "--model.network.window", 11)
+    refused(worldline(*wide), "clips of at least as many frames as the window", "--frames 4", "window 11")
+    recall = world_model(lab, lab.data, out, "--model.network.memory.nearest", 2, "--model.network.depth", 2)
+    refused(worldline(*recall), "a memory of 32 frames", "episodes of at least 32 frames, the longest has")
+    identity = ["train", "probe", "--target", "identity", "--data", lab.data, "--out", out]
+    refused(worldline(*identity), "--target identity reads states of arm/...")
     assert not out.exists()
 
 

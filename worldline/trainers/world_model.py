@@ -53,6 +53,11 @@ class TrainWorldModel:
     def __post_init__(self) -> None:
         if self.frames < 2:
             raise ValueError(f"frames must be at least 2, got {self.frames}")
+        if self.frames < self.model.network.window:
+            raise ValueError(
+                f"clips of at least as many frames as the window required, or its far end is never trained: got --frames "
+                f"{self.frames} and --model.network.window {self.model.network.window}"
+            )
         if not 0 <= self.starts <= 1:
             raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
         if self.max_episodes is not None and self.max_episodes < 1:
@@ -161,8 +166,10 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
-    remembers = (config.model if model is None else model.config).network.memory.size > 0
-    lead = _WHOLE if remembers else 0
+    network = (config.model if model is None else model.config).network
+    longest = max(s.dataset.length(i) for s in training for i in s.episodes)
+    network.memory.require_history((longest - 1) // config.stride + 1, network.window, source=str(config.data[0]))
+    lead = _WHOLE if network.memory.size else 0
     batches = LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
         torch.manual_seed(config.loop.seed)

@@ -19,6 +19,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from worldline.errors import DatasetError
+
 _FAR = 1e9
 _SEEN = "seen: "
 
@@ -31,7 +33,7 @@ class MemoryConfig:
     stride: int = 8  # frames between those
     nearest: int = 0  # frames nearest by pose
     gap: int = 4  # those are at least so many frames apart from each other
-    capacity: int = 64  # frames a bank holds; when it is full, of the two most alike in pose the older one goes
+    capacity: int = 32  # frames a bank holds; when it is full, of the two most alike in pose the older one goes
     every: int = 1  # each so manyth frame is kept
 
     def __post_init__(self) -> None:
@@ -48,6 +50,19 @@ class MemoryConfig:
     def size(self) -> int:
         """Frames shown for each frame."""
         return self.recent + self.nearest
+
+    def require_history(self, frames: int, window: int, *, source: str) -> None:
+        """Raise `DatasetError` if episodes of `frames` frames can neither fill the bank nor reach back as far as is asked:
+        a rollout would then do what training never showed."""
+        if not self.size:
+            return
+        reach = window + max(0, self.recent - 1) * self.stride
+        if self.capacity * self.every > frames or reach >= frames:
+            raise DatasetError(
+                f"{source}: a memory of {self.capacity} frames, every {self.every} kept, that looks back {reach} frames requires "
+                f"episodes of at least {max(self.capacity * self.every, reach + 1)} frames, the longest has {frames}. Use a smaller "
+                "--model.network.memory.capacity, recent or stride, or longer episodes."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

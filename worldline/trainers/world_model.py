@@ -20,7 +20,7 @@ from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel
 
 log = logging.getLogger(__name__)
 
-_WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
+WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +51,17 @@ class TrainWorldModel:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        if self.frames < 2:
-            raise ValueError(f"frames must be at least 2, got {self.frames}")
-        if not 0 <= self.starts <= 1:
-            raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
-        if self.max_episodes is not None and self.max_episodes < 1:
-            raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}")
+        check_clips(self.frames, self.starts, self.max_episodes)
+
+
+def check_clips(frames: int, starts: float, max_episodes: int | None) -> None:
+    """Raise `ValueError` for settings of training clips that cannot be."""
+    if frames < 2:
+        raise ValueError(f"frames must be at least 2, got {frames}")
+    if not 0 <= starts <= 1:
+        raise ValueError(f"starts must be a share from 0 to 1, got {starts}")
+    if max_episodes is not None and max_episodes < 1:
+        raise ValueError(f"max_episodes must be at least 1, got {max_episodes}")
 
 
 def _model(width: int, depth: int, heads: int, window: int) -> AutoregressiveConfig:
@@ -120,28 +125,33 @@ class _WorldModelStage:
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Rollout from one held-out frame to the end of a clip: error against copying it, true and shuffled actions."""
-        clip = self.held_out.batch(0, 0, 16)
-        first = Clip(
-            frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
-        )
-        state, seeds = model.observe(first), torch.arange(16)
-        target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
-
-        def error(latents: Mapping[str, Tensor]) -> float:
-            white = whiten({c: z.cpu() for c, z in latents.items()}, model.latent_spec)
-            return float(torch.stack([(white[c] - target[c]).square().mean() for c in target]).mean())
-
-        copied = error({c: z[:, :1].expand(-1, clip.actions.shape[1], -1, -1, -1) for c, z in clip.frames.items()})
-        true = error(model.imagine(state, clip.actions, seeds=seeds)[1].latents)
-        shuffled = error(model.imagine(state, clip.actions.roll(1, 0), seeds=seeds)[1].latents)
-        tiny = 1e-12  # clips in which nothing moves
-        return {"error_vs_copy": true / max(copied, tiny), "shuffled_vs_true": shuffled / max(true, tiny)}
+        return imagined_errors(model, self.held_out.batch(0, 0, 16))
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
         model.save_pretrained(folder, provenance=provenance)
         if not (folder / "tokenizer" / "config.json").is_file():
             self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+@torch.no_grad()
+def imagined_errors(model: AutoregressiveWorldModel, clip: Clip) -> dict[str, float]:
+    """Rollout from a clip's first frame to its end: error against copying it, and of shuffled actions against true ones."""
+    rows = len(clip.poses)
+    first = replace(
+        clip, frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
+    )
+    state, seeds = model.observe(first), torch.arange(rows)
+    target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
+
+    def error(latents: Mapping[str, Tensor]) -> float:
+        white = whiten({c: z.cpu() for c, z in latents.items()}, model.latent_spec)
+        return float(torch.stack([(white[c] - target[c]).square().mean() for c in target]).mean())
+
+    copied = error({c: z[:, :1].expand(-1, clip.actions.shape[1], -1, -1, -1) for c, z in clip.frames.items()})
+    true = error(model.imagine(state, clip.actions, seeds=seeds)[1].latents)
+    shuffled = error(model.imagine(state, clip.actions.roll(1, 0), seeds=seeds)[1].latents)
+    tiny = 1e-12  # clips in which nothing moves
+    return {"error_vs_copy": true / max(copied, tiny), "shuffled_vs_true": shuffled / max(true, tiny)}
 
 
 def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
@@ -162,7 +172,7 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
     remembers = (config.model if model is None else model.config).network.memory.size > 0
-    lead = _WHOLE if remembers else 0
+    lead = WHOLE if remembers else 0
     batches = LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
         torch.manual_seed(config.loop.seed)

@@ -21,8 +21,8 @@ CABLES = replace(
     control_steps=K,
     action=ActionSpec(
         names=("a", "b", "c"),
-        low=(0.0,) * 3,
-        high=(2.0,) * 3,
+        low=(-1.0,) * 3,
+        high=(1.0,) * 3,
         kind="velocity",
         space="joint",
         rate_hz=5.0,
@@ -38,7 +38,7 @@ PULLS = torch.stack([_ANGLES.cos(), _ANGLES.sin()], 1)
 
 def pull(position: Tensor, block: Tensor) -> Tensor:
     """Next position "n 2" after a block "n 1 3": each cable pulls its own way."""
-    return (position + 0.14 * block[:, 0].clamp(0, 2) @ PULLS).clamp(0.1, 0.9)
+    return (position + 0.1 * block[:, 0].clamp(-1, 1) @ PULLS).clamp(0.1, 0.9)
 
 
 def views(position: Tensor) -> dict[str, Tensor]:
@@ -54,8 +54,8 @@ def pose_of(position: Tensor) -> Tensor:
 def cable_clip(batch: int, frames: int, seed: int) -> Clip:
     generator = torch.Generator().manual_seed(seed)
     position = torch.rand(batch, 2, generator=generator) * 0.8 + 0.1
-    trend = torch.rand(batch, 1, 1, 3, generator=generator) * 2
-    actions = (trend + 0.5 * torch.randn(batch, frames - 1, K, 3, generator=generator)).clamp(0, 2)
+    trend = torch.randn(batch, 1, 1, 3, generator=generator)
+    actions = (trend + 0.5 * torch.randn(batch, frames - 1, K, 3, generator=generator)).clamp(-1, 1)
     positions = [position]
     for i in range(frames - 1):
         positions.append(pull(positions[-1], actions[:, i]))

@@ -40,7 +40,7 @@ def config_of(data: tuple, tokenizers: tuple, out: Path, **options) -> world_mod
 @pytest.fixture(scope="module")
 def trained(dots, cables, patches, eyes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("multi") / "multi"
-    return world_models.run(config_of((dots, cables, dots), (patches, eyes), out), progress=False)
+    return world_models.run(config_of((dots, cables), (patches, eyes), out, balance=True), progress=False)
 
 
 def test_each_robot_is_measured_and_so_is_the_routing(trained, dots, cables, patches):
@@ -66,7 +66,7 @@ def test_interrupted_and_resumed_is_bit_exact(trained, dots, cables, patches, ey
             raise KeyboardInterrupt
         return whole(self, seed, step, size)
 
-    config = config_of((dots, cables, dots), (patches, eyes), tmp_path / "resumed")
+    config = config_of((dots, cables), (patches, eyes), tmp_path / "resumed", balance=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(world_models._WorldModelsStage, "batch", interrupted)
         world_models.run(config, progress=False)
@@ -78,28 +78,26 @@ def test_interrupted_and_resumed_is_bit_exact(trained, dots, cables, patches, ey
         assert torch.allclose(loads.sum(1), torch.ones(2))  # both were trained on, and it is remembered
 
 
-def test_embodiments_are_drawn_by_their_frames_or_evenly(dots, cables, patches, eyes, tmp_path):
-    drawn = {}
-    for balance in (False, True):
-        stage = object.__new__(world_models._WorldModelsStage)
-        groups = world_models._by_embodiment((dots, cables, dots))
-        counts = {name: world_models.open_datasets(roots, "train") for name, roots in groups.items()}
+class Nothing:
+    """Stands for batches: which embodiment is drawn does not depend on them."""
 
-        class Batches:
-            def __init__(self, name, selections):
-                self.name, self.selections = name, selections
+    def batch(self, seed: int, step: int, size: int) -> None:
+        return None
 
-            def batch(self, seed, step, size):
-                return self.name
 
-        stage.__init__(None, {n: Batches(n, s) for n, s in counts.items()}, {}, {}, balance=balance, of_members={})  # type: ignore[arg-type]
-        first = [next(iter(stage.batch(0, step, 4))) for step in range(600)]
-        assert first[:50] == [next(iter(stage.batch(0, step, 4))) for step in range(50)]
-        assert first[:50] != [next(iter(stage.batch(1, step, 4))) for step in range(50)]
-        drawn[balance] = first.count(DOTS) / len(first)
-        shares = {n: world_models._frames(s) for n, s in counts.items()}
-    assert drawn[True] == pytest.approx(0.5, abs=0.07)
-    assert drawn[False] == pytest.approx(shares[DOTS] / sum(shares.values()), abs=0.05) and drawn[False] > 0.7
+def test_embodiments_are_drawn_by_their_frames_or_evenly(dots, cables):
+    groups = world_models._by_embodiment((dots, cables, dots))
+    assert groups == {DOTS: [dots, dots], TRIPOD: [cables]}
+    chosen = [world_models.open_datasets(roots, "train") for roots in groups.values()]
+    frames = [sum(s.dataset.length(i) for s in selections for i in s.episodes) for selections in chosen]
+    stage = object.__new__(world_models._WorldModelsStage)
+    stage.batches = dict.fromkeys(groups, Nothing())
+    for balance, expected in ((False, frames[0] / sum(frames)), (True, 0.5)):
+        stage.shares = world_models._shares(chosen, balance=balance)
+        drawn = [next(iter(stage.batch(0, step, 4))) for step in range(600)]
+        assert drawn.count(DOTS) / 600 == pytest.approx(expected, abs=0.07)
+        assert drawn == [next(iter(stage.batch(0, step, 4))) for step in range(600)]
+        assert drawn != [next(iter(stage.batch(1, step, 4))) for step in range(600)]
 
 
 def test_inputs_that_do_not_fit_are_told_before_anything_is_encoded(
@@ -125,8 +123,8 @@ def test_inputs_that_do_not_fit_are_told_before_anything_is_encoded(
     with pytest.raises(DatasetError):
         world_models.run(config_of((tmp_path / "nowhere",), (patches,), tmp_path / "no"), progress=False)
     assert not (tmp_path / "no").exists()
-    with pytest.raises(CheckpointError, match=re.escape("balance: was False, is now True")):
-        world_models.run(config_of((dots, cables, dots), (patches, eyes), trained, balance=True), progress=False)
+    with pytest.raises(CheckpointError, match=re.escape("balance: was True, is now False")):
+        world_models.run(config_of((dots, cables), (patches, eyes), trained), progress=False)
     with pytest.raises(ValueError, match="frames must be at least 2"):
         world_models.TrainWorldModels(data=(dots,), tokenizer=(patches,), out=tmp_path / "no", frames=1)
 

@@ -213,6 +213,10 @@ def test_a_member_may_be_named_from_within(model, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def learned() -> MultiWorldModel:
+    return train()
+
+
+def train() -> MultiWorldModel:
     model = make(network={"width": 48, "guess_width": 64, "experts": 4, "window": 4})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     steps = 200

@@ -94,7 +94,7 @@ class _WorldModelsStage:
     ) -> None:
         self.model, self.batches, self.held_out, self.tokenizers = model, batches, held_out, tokenizers
         self.of_members = of_members
-        self.shares = torch.tensor([1.0 if balance else float(_frames(b.selections)) for b in batches.values()])
+        self.shares = _shares([b.selections for b in batches.values()], balance=balance)
 
     def batch(self, seed: int, step: int, size: int) -> dict[str, Clip]:
         """One embodiment's clips."""
@@ -190,8 +190,10 @@ def run(config: TrainWorldModels, *, progress: bool = True) -> Path:
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)
 
 
-def _frames(selections: Sequence[Selection]) -> int:
-    return sum(s.dataset.length(i) for s in selections for i in s.episodes)
+def _shares(groups: Sequence[Sequence[Selection]], *, balance: bool) -> Tensor:
+    """How often each embodiment is drawn, up to a factor: by its number of frames, or evenly."""
+    frames = [float(sum(s.dataset.length(i) for s in selections for i in s.episodes)) for selections in groups]
+    return torch.ones(len(frames)) if balance else torch.tensor(frames)
 
 
 def _by_embodiment(data: Sequence[Path]) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ from worldline.errors import CheckpointError, DatasetError, SpecMismatch
 from worldline.tokenizers import load_tokenizer
 from worldline.trainers import tokenizer, world_models
 from worldline.trainers.loop import LoopConfig
+from worldline.types import Clip
 from worldline.worldmodels import AutoregressiveConfig, MultiWorldModel, TransformerConfig, load_world_model
 
 NETWORK = TransformerConfig(width=16, depth=1, heads=2, window=3, guess_width=8, experts=3)
@@ -81,8 +82,8 @@ def test_interrupted_and_resumed_is_bit_exact(trained, dots, cables, patches, ey
 class Nothing:
     """Stands for batches: which embodiment is drawn does not depend on them."""
 
-    def batch(self, seed: int, step: int, size: int) -> None:
-        return None
+    def batch(self, seed: int, step: int, size: int) -> Clip:
+        return Clip(frames={}, poses=torch.zeros(1, 1, 0), actions=torch.zeros(1, 0, 1, 1))
 
 
 def test_embodiments_are_drawn_by_their_frames_or_evenly(dots, cables):

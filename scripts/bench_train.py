@@ -228,8 +228,8 @@ def measure_reference(repeats: int, compile: bool) -> dict[str, float]:
     mask = banded_causal_mask(8, 8, device)
 
     def forward() -> Tensor:
-        latents, poses, _ = model.network(model.body, frames, mask)
-        return (latents["camera0"] - z).square().mean() + (poses - pose).square().mean()
+        made = model.network(model.body, frames, mask)
+        return (made.latents["camera0"] - z).square().mean() + (made.pose - pose).square().mean()
 
     def stream() -> None:
         first = Clip(frames={"camera0": z[:, :4]}, actions=clip.actions[:, :3], poses=clip.poses[:, :4])

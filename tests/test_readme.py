@@ -59,7 +59,10 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return tmp_path
 
     for module, function in (
-        *((f"trainers.{stage}", "run") for stage in ("tokenizer", "world_model", "scorer", "policy", "probe")),
+        *(
+            (f"trainers.{stage}", "run")
+            for stage in ("tokenizer", "world_model", "world_models", "scorer", "policy", "probe")
+        ),
         *(("commands.recording", f"run_{verb}") for verb in ("record", "inspect")),
         *(("commands.dreaming", f"run_{verb}") for verb in ("imagine", "eval")),
         ("commands.ranking", "run_rank"),

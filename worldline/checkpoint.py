@@ -156,20 +156,41 @@ def save_part(
     kind: str,
     config: Any,
     spec: Any,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | str,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one trained part (`part` is 'tokenizer', 'world-model', 'policy', 'scorer' or 'probe'; `kind` its class)."""
+    """Write one trained part (`part` is 'tokenizer', 'world-model', 'world-models', 'policy', 'scorer' or 'probe'; `kind` its
+    class). `tensors` may be the path, seen from `folder`, of weights that several parts share."""
     folder = Path(folder)
     about = {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": _finite(provenance)}
+    if isinstance(tensors, str):
+        weights: dict[Path, bytes | str] = {}
+        about["weights"] = tensors
+    else:
+        weights = {folder / "model.safetensors": _tensor_bytes(tensors)}
     write_together(
         {
-            folder / "model.safetensors": _tensor_bytes(tensors),
+            **weights,
             folder / "spec.json": _json_text(to_json(spec)),
             folder / "config.json": _json_text(about),
             folder / "README.md": _card(part, kind, provenance),
         }
     )
+
+
+def weights_file(folder: str | Path) -> Path:
+    """Where a checkpoint's weights are: in its folder, or where they are shared. Raises `CheckpointError` if those are gone."""
+    folder = Path(folder)
+    shared = read_json(folder / "config.json").get("weights") if (folder / "config.json").is_file() else None
+    if shared is None:
+        return folder / "model.safetensors"
+    path = (folder / shared).resolve()
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: its weights are shared and are required in {path}, but there is no such file. Copy or move the whole of "
+            f"{path.parent.name}/, not this folder alone."
+        )
+    return path
 
 
 def load_tensors(

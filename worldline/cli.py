@@ -19,7 +19,7 @@ from worldline.errors import WorldlineError
 VERBS = {
     "record": "record episodes in a simulator into a LeRobot dataset",
     "inspect": "report what a dataset holds and what is wrong with it",
-    "train": "train a tokenizer, world-model, scorer, policy or probe",
+    "train": "train a tokenizer, world-model, world-models, scorer, policy or probe",
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
@@ -28,6 +28,7 @@ VERBS = {
 STAGES = {
     "tokenizer": "frames to latents and back",
     "world-model": "the autoregressive denoiser",
+    "world-models": "one denoiser for several robots, with action experts that they share",
     "scorer": "a success scorer, calibrated and audited",
     "policy": "clone demonstrations (bc or diffusion)",
     "probe": "a regressor that reads positions or actions off frames",
@@ -103,11 +104,12 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
 
 def _train(args: list[str]) -> None:
     from worldline.commands.outputs import release_claim
-    from worldline.trainers import policy, probe, scorer, tokenizer, world_model
+    from worldline.trainers import policy, probe, scorer, tokenizer, world_model, world_models
 
     modules: dict[str, tuple[Any, type]] = {
         "tokenizer": (tokenizer, tokenizer.TrainTokenizer),
         "world-model": (world_model, world_model.TrainWorldModel),
+        "world-models": (world_models, world_models.TrainWorldModels),
         "scorer": (scorer, scorer.TrainScorer),
         "policy": (policy, policy.TrainPolicy),
         "probe": (probe, probe.TrainProbe),

@@ -364,6 +364,24 @@ def test_unknown_words(lab: Lab, worldline: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_still_in_training_or_changed_since(
+    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its latents would be another tokenizer's than those that the rest of the training sees."""
+    out, half = tmp_path / "wm", Path(shutil.copytree(lab.tok, tmp_path / "half"))
+    config = json.loads((half / "config.json").read_text())
+    config["provenance"] |= {"steps": 3, "loop": {"steps": 8}}
+    (half / "config.json").write_text(json.dumps(config))
+    trained = world_model(lab, lab.data, out)
+    trained[trained.index(lab.tok)] = half
+    refused(worldline(*trained), "a finished tokenizer is required", "step 3 of 8", "--loop.steps 3")
+    assert not out.exists()
+    assert worldline(*world_model(lab, lab.data, out)).code == 0
+    run = out / "training" / "run.json"
+    run.write_text(run.read_text().replace(json.loads(run.read_text())["config"]["tokenizer's weights"], "0" * 16))
+    refused(worldline(*world_model(lab, lab.data, out)), "tokenizer's weights: was '0000000000000000', is now")
+
+
 def test_settings_that_cannot_be(lab: Lab, worldline: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(worldline(*tokenizer(lab.data, out, "--max-steps", 0)), "steps must be at least 1, got 0")

@@ -81,8 +81,8 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
         previous_seen={c: torch.arange(t).expand(b, t) > 0 for c in frames},
     )
     with torch.no_grad():
-        out, pose, _ = model.network(model.body, batch, banded_causal_mask(t, model.config.network.window))
-    return out["top"], pose
+        made = model.network(model.body, batch, banded_causal_mask(t, model.config.network.window))
+    return made.latents["top"], made.pose
 
 
 @pytest.mark.parametrize("frames", [1, 3, 4, 11])
@@ -130,7 +130,8 @@ def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
         previous_seen={"top": has_action},
     )
     with torch.no_grad():
-        trained, _, _ = model.network(model.body, batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
+        made = model.network(model.body, batch, teacher_forcing_mask(t - 1, 4), slice(t - 1, None))
+    trained = made.latents
     for i in range(1, t):
         state = model.observe(
             replace(

@@ -82,7 +82,8 @@ def test_training_shows_a_target_what_streaming_shows_it(name):
     assert (memories is not None) == ("memory" in name or name == "all")
     with torch.no_grad():
         mask = teacher_forcing_mask(t - 1, 3)
-        trained, trained_pose, _ = model.network(model.body, batch, mask, targets, memories)
+        made = model.network(model.body, batch, mask, targets, memories)
+    trained, trained_pose = made.latents, made.pose
     noise = batch.keep(targets)
     everywhere = {c: torch.ones(2, dtype=torch.bool) for c in units.frames}
     for i in range(1, t):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldline.checkpoint import read_tensors, resolve, to_json, write_tensors
+from worldline.checkpoint import read_tensors, resolve, to_json, weights_file, write_tensors
 from worldline.errors import WorldlineError
 from worldline.policies import CallablePolicy, Corrupted
 from worldline.policies.remote import RemotePolicy
@@ -48,7 +48,7 @@ def weights_of(folder: str | Path) -> str:
     digest, root = hashlib.sha256(), resolve(folder)
     for part in (root, root / "tokenizer"):
         for name in ("model.safetensors", "config.json", "spec.json"):
-            path = part / name
+            path = weights_file(part) if name == "model.safetensors" else part / name
             digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()[:16]
 

@@ -17,7 +17,7 @@ class Show:
     """
 
     folder: Path
-    """A tokenizer, world model, policy, scorer or probe."""
+    """A tokenizer, world model (of one robot, a member, or of several), policy, scorer or probe."""
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}/config.json: a worldline checkpoint required, this was written by something else."
         )
-    tensors = checkpoint.read_tensors(folder / "model.safetensors")
+    tensors = checkpoint.read_tensors(checkpoint.weights_file(folder))
     return {
         "folder": str(folder),
         "part": config["part"],

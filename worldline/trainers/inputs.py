@@ -1,7 +1,7 @@
 """What every training stage does before it trains: open the datasets, choose episodes, claim the output folder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
 from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, collate, strided, with_lead
 from worldline.errors import CheckpointError, DatasetError
-from worldline.tokenizers import Tokenizer
+from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.types import Clip, WorldSpec, require_match
 
 
@@ -184,19 +184,35 @@ class FrameBatches:
         return self._median[key].float()
 
 
-def claim_output(out: Path, part: str, config: Any, *, identity: Sequence[str]) -> None:
+def load_finished_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer to train on. Raises `CheckpointError` while it is still in training: its latents would soon be another's."""
+    tokenizer = load_tokenizer(folder)
+    made = load_config(resolve(folder), part="tokenizer").get("provenance", {})
+    steps, wanted = made.get("steps"), made.get("loop", {}).get("steps")
+    if steps is not None and wanted is not None and steps < wanted:
+        raise CheckpointError(
+            f"{folder}: a finished tokenizer is required, this one is at step {steps} of {wanted}. Wait for its training, go on with it "
+            f"by the same command, or end it where it is with --loop.steps {steps}."
+        )
+    return tokenizer
+
+
+def claim_output(
+    out: Path, part: str, config: Any, *, identity: Sequence[str], made_from: Mapping[str, str] | None = None
+) -> None:
     """Make `out` this run's. A folder with the same run in it is gone on with, anything else is refused.
 
     Args:
         identity: names of the config's fields that must not change when a run goes on.
+        made_from: name -> fingerprint of other parts that must not either.
     """
     # of several processes the first one claims, the others then find its claim
     with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():
-        _claim(out, part, config, identity)
+        _claim(out, part, config, identity, made_from or {})
 
 
-def _claim(out: Path, part: str, config: Any, identity: Sequence[str]) -> None:
-    record = {"part": part, "config": {k: v for k, v in to_json(config).items() if k in identity}}
+def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from: Mapping[str, str]) -> None:
+    record = {"part": part, "config": {k: v for k, v in to_json(config).items() if k in identity} | dict(made_from)}
     path = out / "training" / "run.json"
     if path.is_file():
         before = read_json(path)
@@ -208,6 +224,7 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str]) -> None:
             f"  {k}: was {before['config'].get(k)!r}, is now {v!r}"
             for k, v in record["config"].items()
             if before["config"].get(k) != v
+            and not (k in made_from and k not in before["config"])  # older runs do not say
         ]
         if changed:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Stage `world-model`: train the autoregressive denoiser on cached latents."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,23 @@ from torch import Tensor
 from worldline.data.clips import strided
 from worldline.diffusion import LevelDistribution
 from worldline.errors import SpecMismatch
-from worldline.tokenizers import Tokenizer, load_tokenizer, whiten
-from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, fit_normalizers, open_datasets
+from worldline.tokenizers import Tokenizer, whiten
+from worldline.trainers.inputs import (
+    LatentBatches,
+    Selection,
+    claim_output,
+    data_provenance,
+    fit_normalizers,
+    load_finished_tokenizer,
+    open_datasets,
+)
 from worldline.trainers.loop import LoopConfig, train
 from worldline.types import Clip, WorldSpec, require_match
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 
 log = logging.getLogger(__name__)
 
-_WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
+WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +59,22 @@ class TrainWorldModel:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        if self.frames < 2:
-            raise ValueError(f"frames must be at least 2, got {self.frames}")
-        if self.frames < self.model.network.window:
-            raise ValueError(
-                f"clips of at least as many frames as the window required, or its far end is never trained: got --frames "
-                f"{self.frames} and --model.network.window {self.model.network.window}"
-            )
-        if not 0 <= self.starts <= 1:
-            raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
-        if self.max_episodes is not None and self.max_episodes < 1:
-            raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}")
+        check_clips(self.frames, self.model.network.window, self.starts, self.max_episodes)
+
+
+def check_clips(frames: int, window: int, starts: float, max_episodes: int | None) -> None:
+    """Raise `ValueError` for settings of training clips that cannot be."""
+    if frames < 2:
+        raise ValueError(f"frames must be at least 2, got {frames}")
+    if frames < window:
+        raise ValueError(
+            "clips of at least as many frames as the window required, or its far end is never trained: got "
+            f"--frames {frames} and --model.network.window {window}"
+        )
+    if not 0 <= starts <= 1:
+        raise ValueError(f"starts must be a share from 0 to 1, got {starts}")
+    if max_episodes is not None and max_episodes < 1:
+        raise ValueError(f"max_episodes must be at least 1, got {max_episodes}")
 
 
 def _model(width: int, depth: int, heads: int, window: int) -> AutoregressiveConfig:
@@ -125,23 +138,7 @@ class _WorldModelStage:
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Rollout from one held-out frame to the end of a clip: error against copying it, true and shuffled actions."""
-        clip = self.held_out.batch(0, 0, 16)
-        first = Clip(
-            frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
-        )
-        state, seeds = model.observe(first), torch.arange(16)
-        target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
-
-        def error(latents: Mapping[str, Tensor]) -> float:
-            white = whiten({c: z.cpu() for c, z in latents.items()}, model.latent_spec)
-            return float(torch.stack([(white[c] - target[c]).square().mean() for c in target]).mean())
-
-        copied = error({c: z[:, :1].expand(-1, clip.actions.shape[1], -1, -1, -1) for c, z in clip.frames.items()})
-        true = error(model.imagine(state, clip.actions, seeds=seeds)[1].latents)
-        shuffled = error(model.imagine(state, clip.actions.roll(1, 0), seeds=seeds)[1].latents)
-        tiny = 1e-12  # clips in which nothing moves
-        return {"error_vs_copy": true / max(copied, tiny), "shuffled_vs_true": shuffled / max(true, tiny)}
+        return imagined_errors(model, self.held_out.batch(0, 0, 16))
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
         model.save_pretrained(folder, provenance=provenance)
@@ -149,9 +146,37 @@ class _WorldModelStage:
             self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
+@torch.no_grad()
+def imagined_errors(model: AutoregressiveWorldModel, clip: Clip) -> dict[str, float]:
+    """Rollout from a clip's first frame to its end: error against copying it, and of shuffled actions against true ones."""
+    rows = len(clip.poses)
+    first = replace(
+        clip, frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
+    )
+    state, seeds = model.observe(first), torch.arange(rows)
+    target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
+
+    def error(latents: Mapping[str, Tensor]) -> float:
+        white = whiten({c: z.cpu() for c, z in latents.items()}, model.latent_spec)
+        return float(torch.stack([(white[c] - target[c]).square().mean() for c in target]).mean())
+
+    copied = error({c: z[:, :1].expand(-1, clip.actions.shape[1], -1, -1, -1) for c, z in clip.frames.items()})
+    true = error(model.imagine(state, clip.actions, seeds=seeds)[1].latents)
+    shuffled = error(model.imagine(state, clip.actions.roll(1, 0), seeds=seeds)[1].latents)
+    tiny = 1e-12  # clips in which nothing moves
+    return {"error_vs_copy": true / max(copied, tiny), "shuffled_vs_true": shuffled / max(true, tiny)}
+
+
+def require_history(selections: Sequence[Selection], stride: int, network: TransformerConfig) -> None:
+    """Raise `DatasetError` if the episodes are too short for the network's memory."""
+    longest = max(s.dataset.length(i) for s in selections for i in s.episodes)
+    source = str(selections[0].dataset.root)
+    network.memory.require_history((longest - 1) // stride + 1, network.window, source=source)
+
+
 def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_finished_tokenizer(config.tokenizer)
     cameras = [c.name for c in tokenizer.cameras]
     training = open_datasets(config.data, "train", cameras=cameras, max_episodes=config.max_episodes)
     held_out = open_datasets(config.data, "held-out", cameras=cameras)
@@ -163,13 +188,13 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
         "world-model",
         config,
         identity=("data", "tokenizer", "stride", "frames", "starts", "model", "max_episodes"),
+        made_from={"tokenizer's weights": tokenizer.fingerprint},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
     network = (config.model if model is None else model.config).network
-    longest = max(s.dataset.length(i) for s in training for i in s.episodes)
-    network.memory.require_history((longest - 1) // config.stride + 1, network.window, source=str(config.data[0]))
-    lead = _WHOLE if network.memory.size else 0
+    require_history(training, config.stride, network)
+    lead = WHOLE if network.memory.size else 0
     batches = LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
         torch.manual_seed(config.loop.seed)

@@ -6,6 +6,7 @@ from worldline import checkpoint
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.worldmodels.autoregressive import AutoregressiveConfig, AutoregressiveWorldModel
 from worldline.worldmodels.baselines import CopyLastFrame
+from worldline.worldmodels.embodiments import MEMBER_KIND, MultiWorldModel, Robot, load_member, require_one
 from worldline.worldmodels.state import StreamState
 from worldline.worldmodels.transformer import SpaceTimeTransformer, TransformerConfig
 
@@ -13,6 +14,8 @@ __all__ = [
     "AutoregressiveConfig",
     "AutoregressiveWorldModel",
     "CopyLastFrame",
+    "MultiWorldModel",
+    "Robot",
     "SpaceTimeTransformer",
     "StreamState",
     "TransformerConfig",
@@ -21,6 +24,9 @@ __all__ = [
 
 
 def load_world_model(folder: str | Path) -> tuple[AutoregressiveWorldModel, Tokenizer]:
-    """A world model and the tokenizer saved beside it."""
+    """A world model, or a member of one of several robots, and the tokenizer saved beside it."""
     folder = checkpoint.resolve(folder)
-    return AutoregressiveWorldModel.from_pretrained(folder), load_tokenizer(folder / "tokenizer")
+    require_one(folder)
+    member = checkpoint.load_config(folder, part="world-model")["kind"] == MEMBER_KIND
+    model = load_member(folder) if member else AutoregressiveWorldModel.from_pretrained(folder)
+    return model, load_tokenizer(folder / "tokenizer")

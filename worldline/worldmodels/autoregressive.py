@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer
-from worldline.errors import SpecMismatch
+from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
+from worldline.worldmodels.experts import Routing
 from worldline.worldmodels.guesses import STEP
 from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.memory import Memories, recall_in_training
@@ -48,6 +49,8 @@ class AutoregressiveWorldModel(nn.Module):
         config: sizes and levels.
         spec: what it models; `spec.latent` is required.
         action_normalizer, pose_normalizer: fitted on the training episodes.
+        network, body: a network that several robots share, and which of its ports is this one's (`embodiments`); without them
+            it gets a network of its own.
     """
 
     def __init__(
@@ -57,14 +60,14 @@ class AutoregressiveWorldModel(nn.Module):
         *,
         action_normalizer: RobustNormalizer,
         pose_normalizer: RobustNormalizer,
+        network: SpaceTimeTransformer | None = None,
+        body: str = ONLY,
     ) -> None:
         super().__init__()
-        self.config, self.spec, self.body = config, spec, ONLY
+        self.config, self.spec, self.body = config, spec, body
         self.action_normalizer, self.pose_normalizer = action_normalizer, pose_normalizer
-        encoder = text_encoder(config.text)
-        self.network = SpaceTimeTransformer(
-            config.network, {self.body: body_of(spec)}, text_dim=0 if encoder is None else encoder.dim
-        )
+        self.network = make_network(config, {body: body_of(spec)}) if network is None else network
+        self._check_router()
 
     @property
     def port(self) -> Port:
@@ -119,7 +122,8 @@ class AutoregressiveWorldModel(nn.Module):
         mask = teacher_forcing_mask(t - 1, self.config.network.window, self.device)
         targets = slice(t - 1, None)
         memories = self._memories_in_training(clip, whole, batch.keep(targets), seen)
-        predicted, predicted_pose, guessed = self.network(self.body, batch, mask, targets, memories)
+        made = self.network(self.body, batch, mask, targets, memories, router=self.config.router)
+        predicted, predicted_pose, guessed = made.latents, made.pose, made.guesses
 
         weight = (1 / target_level.clamp(min=1e-3) ** 2).clamp(max=self.config.max_weight)
         there = {c: clip.present[c].to(self.device)[:, None] if c in clip.present else None for c in frames}
@@ -143,9 +147,38 @@ class AutoregressiveWorldModel(nn.Module):
             loss = loss + miss
             guess_error["pose"] = miss
         pure = target_level == 1
-        metrics = {f"guess_error/{c}": e.detach() for c, e in guess_error.items()}
+        metrics = self._routing_metrics(made.routing)
+        if "balance" in metrics:
+            loss = loss + self.config.balance_weight * metrics["balance"]
+            metrics["balance"] = metrics["balance"].detach()
+        metrics |= {f"guess_error/{c}": e.detach() for c, e in guess_error.items()}
         metrics |= {f"one_step_error/{c}": _mean_where(e, pure) for c, e in per_camera.items()}
         return loss, metrics | {"one_step_error/pose": _mean_where(pose_error, pure)}
+
+    def _routing_metrics(self, routing: Routing | None) -> dict[str, Tensor]:
+        """`balance`, the loss that keeps experts in use, where a router is learned; `routing_entropy` in nats."""
+        if routing is None:
+            return {}
+        assert self.network.experts is not None
+        metrics = {"routing_entropy": routing.entropy().detach()}
+        if self.config.router not in ("uniform", "fixed"):
+            metrics["balance"] = self.network.experts.balance(routing, self.body)
+        return metrics
+
+    @torch.no_grad()
+    def routing(self, clip: Clip) -> Routing:
+        """How the t - 1 blocks of a clip are routed to experts. Raises `SpecMismatch` where there are none."""
+        if self.network.experts is None:
+            raise SpecMismatch("routing requires a world model with experts (network.experts), got one without")
+        units = self._network_units(clip)
+        clean = torch.zeros(len(units.poses), units.poses.shape[1] - 1, device=self.device)
+        batch = doubled_batch(units, history_level=clean, target_level=clean, told=None, seen={}, generator=None)
+        targets = batch.keep(slice(clean.shape[1], None))
+        return self.network.route(self.body, targets, self.port.guesses(targets), self.config.router)[1]
+
+    def _check_router(self) -> None:
+        if self.network.experts is not None:
+            self.network.experts.check_router(self.config.router)
 
     def _seen_in_training(self, clip: Clip, frames: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """camera -> "b frames", which history frames hold it. Empty if nothing is ever missing."""
@@ -243,12 +276,18 @@ class AutoregressiveWorldModel(nn.Module):
     # --- storage ------------------------------------------------------------------------------------------------------
 
     def with_sampling(self, **changes: Any) -> "AutoregressiveWorldModel":
-        """The same weights with other sampling settings (`solver_steps`, `history_level`), checked against training."""
+        """The same weights with other sampling settings (`solver_steps`, `history_level`, `router`), checked against training."""
         other = object.__new__(AutoregressiveWorldModel)
         other.__dict__ = self.__dict__ | {"config": replace(self.config, **changes)}
+        other._check_router()
         return other
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write it. Raises `CheckpointError` for a model that shares its network: the whole of them is saved."""
+        if len(self.network.ports) > 1:
+            raise CheckpointError(
+                f"{self.body!r} shares its weights with {len(self.network.ports) - 1} others: save the MultiWorldModel it is of"
+            )
         checkpoint.save_part(
             folder,
             part="world-model",
@@ -266,6 +305,11 @@ class AutoregressiveWorldModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "AutoregressiveWorldModel":
         def build(config: Any, spec: WorldSpec, source: str) -> "AutoregressiveWorldModel":
+            if "model" not in config:
+                raise CheckpointError(
+                    f"{source}: a world model with weights of its own is required here, this is a member of one of several "
+                    "robots, which `load_world_model` reads."
+                )
             # checkpoints from before there were guesses do not say that they have none
             model = config["model"] | {"network": {"guess_width": 0} | config["model"]["network"]}
             return cls(
@@ -276,6 +320,12 @@ class AutoregressiveWorldModel(nn.Module):
             )
 
         return checkpoint.load_part(folder, part="world-model", build=build, renew=_with_ports)
+
+
+def make_network(config: AutoregressiveConfig, bodies: Mapping[str, Body]) -> SpaceTimeTransformer:
+    """The untrained network of these robots."""
+    encoder = text_encoder(config.text)
+    return SpaceTimeTransformer(config.network, bodies, text_dim=0 if encoder is None else encoder.dim)
 
 
 def body_of(spec: WorldSpec) -> Body:

@@ -22,6 +22,9 @@ class AutoregressiveConfig:
     action_dropout: float = 0.0  # share of targets that are not told their action: what guidance compares with
     camera_dropout: float = 0.0  # share of a clip's cameras that are not seen up to a frame drawn
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
+    balance_weight: float = 0.01  # of the experts' load-balancing loss
+    # how experts are chosen: learned, shuffled, uniform, fixed, or an embodiment's name: as for that one (`experts`)
+    router: str = "learned"
     solver_steps: int = 1
     history_level: float = 0.0  # level given to finished frames when they become history in sampling
     guidance: float = 1.0  # s in free + s * (told - free), free being what is imagined without the action; 1: none
@@ -32,6 +35,10 @@ class AutoregressiveConfig:
         for name in ("action_dropout", "camera_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share, at least 0 and below 1, got {getattr(self, name)}")
+        if self.balance_weight < 0:
+            raise ValueError(f"balance_weight must be at least 0, got {self.balance_weight}")
+        if self.router != "learned" and not self.network.experts:
+            raise ValueError(f"router={self.router!r} requires experts (network.experts), got none")
         if self.guidance != 1 and not self.action_dropout:
             raise ValueError(
                 f"guidance={self.guidance:g} compares with a frame imagined without its action, which this model never was "

@@ -242,11 +242,28 @@ def recall_in_training(
     )
 
 
-class MemoryEncoder(nn.Module):
-    """Tokens of remembered frames: patches, their place, and what tells of the frame: age, pose, the way to the coming pose."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTokens:
+    """Remembered frames as the network takes them in."""
 
-    def __init__(self, width: int, channels: Mapping[str, int], pose_dim: int, ages: int = 8) -> None:
+    tokens: Tensor  # "b l n d": to be attended to
+    readable: Tensor  # "b l n" bool
+    beside: Tensor  # "b l s d": of the one frame nearest by pose, for the frame's own tokens at the same places
+
+
+class MemoryEncoder(nn.Module):
+    """Tokens of remembered frames: patches, their place, and what tells of the frame: age, pose, the way to the coming pose.
+
+    The frame nearest by pose (without `nearest`, the first one shown) is also laid beside the frame that is imagined, place
+    by place: from almost the same pose it shows almost the same, and copying it need not wait until attention has learned to.
+    """
+
+    def __init__(
+        self, width: int, channels: Mapping[str, int], pose_dim: int, config: MemoryConfig, ages: int = 8
+    ) -> None:
         super().__init__()
+        self.nearest = config.recent if config.nearest else 0
+        self.lay_beside = nn.Linear(width, width)
         self.embed = nn.ModuleDict({key: nn.Linear(c, width) for key, c in channels.items()})
         self.tell = nn.Sequential(nn.Linear(2 * pose_dim + 2 * ages, width), nn.SiLU(), nn.Linear(width, width))
         self.ages = ages
@@ -254,8 +271,8 @@ class MemoryEncoder(nn.Module):
 
     def forward(
         self, memories: Memories, patches: Mapping[str, Tensor], seen: Mapping[str, Tensor], place: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens "b l (1 + m*s) d" and which of them may be read, "b l (1 + m*s)".
+    ) -> MemoryTokens:
+        """n = 1 + m*s tokens for each of l frames.
 
         Args:
             patches: key -> "b l m s c", the remembered latents cut up; seen: key -> "b l m".
@@ -267,10 +284,16 @@ class MemoryEncoder(nn.Module):
         told = self.tell(torch.cat([memories.pose, way, angle.cos(), angle.sin()], dim=-1))
         tokens = [self.embed[key](x) + place[key] + told[:, :, :, None] for key, x in patches.items()]
         joined = torch.cat(tokens, dim=3)
-        there = [(memories.valid & seen[key])[..., None].expand(*x.shape[:4]) for key, x in patches.items()]
-        readable = torch.cat(there, dim=3).flatten(2)
+        there = torch.cat(
+            [(memories.valid & seen[key])[..., None].expand(*x.shape[:4]) for key, x in patches.items()], dim=3
+        )
         nothing = self.nothing.expand(*joined.shape[:2], 1, -1)
-        return torch.cat([nothing, joined.flatten(2, 3)], dim=2), F.pad(readable, (1, 0), value=True)
+        beside = self.lay_beside(joined[:, :, self.nearest]) * there[:, :, self.nearest, :, None]
+        return MemoryTokens(
+            tokens=torch.cat([nothing, joined.flatten(2, 3)], dim=2),
+            readable=F.pad(there.flatten(2), (1, 0), value=True),
+            beside=beside,
+        )
 
 
 class MemoryReader(nn.Module):

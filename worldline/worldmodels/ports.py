@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worldline.errors import SpecMismatch
 from worldline.worldmodels.guesses import STEP, Guesses, PoseGuess, ViewGuess
 from worldline.worldmodels.layers import modulate
-from worldline.worldmodels.memory import Memories, MemoryEncoder
+from worldline.worldmodels.memory import Memories, MemoryConfig, MemoryEncoder, MemoryTokens
 
 # Of the tokens' learned places at the start. Tokens are of size one: from the usual 0.02 trained models had grown theirs to
 # 0.2, and from 0.5 the same steps give a better dream (docs/log.md).
@@ -72,11 +72,22 @@ class FrameBatch:
 class Port(nn.Module):
     """Tokens in, latents and poses out, for one `Body`.
 
+    `experts`: actions are embedded by what all embodiments share (`experts`), not here.
+
     Raises `SpecMismatch` if a camera's latents cannot be cut into patches.
     """
 
     def __init__(
-        self, body: Body, *, width: int, patch: int, guess_width: int, actions: bool, cross_view: bool, memory: bool
+        self,
+        body: Body,
+        *,
+        width: int,
+        patch: int,
+        guess_width: int,
+        actions: bool,
+        cross_view: bool,
+        memory: MemoryConfig,
+        experts: bool = False,
     ) -> None:
         super().__init__()
         self.body, self.patch, self.actions, self.cross_view = body, patch, actions, cross_view
@@ -101,10 +112,11 @@ class Port(nn.Module):
         )
         self.unseen = nn.ParameterDict({key: nn.Parameter(torch.zeros(2, width)) for key in channels})
         self.embed_pose = nn.Linear(pose_dim + poses, width)
-        moves = action_dim + (poses if self.guess_pose else 0)  # the block, where it leads, and how far that is
-        self.embed_action = nn.Sequential(nn.Linear(moves, width), nn.SiLU(), nn.Linear(width, width))
+        self.move_dim = action_dim + (poses if self.guess_pose else 0)  # the block, where it leads, and how far that is
+        embed_action = nn.Sequential(nn.Linear(self.move_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_action = None if experts else embed_action
         self.no_action = nn.Parameter(torch.zeros(width))
-        self.memory = MemoryEncoder(width, channels, pose_dim) if memory else None
+        self.memory = MemoryEncoder(width, channels, pose_dim, memory) if memory.size else None
         self.unembed = nn.ModuleDict({key: nn.Linear(width, c) for key, c in channels.items()})
         self.unembed_pose = nn.Linear(width, pose_dim)
 
@@ -148,8 +160,21 @@ class Port(nn.Module):
             return frames.previous_pose
         return self.guess_pose(frames.motion, frames.action, frames.has_action)
 
-    def tokenize(self, frames: FrameBatch, guesses: Guesses) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens "b l s d" (every camera's patches, then one for the pose), and what each frame's action and pose are, "b l d"."""
+    def moves(self, frames: FrameBatch, guesses: Guesses) -> Tensor:
+        """ "b l m": the normalised block that led to each frame, where the arm is guessed to be by it, and how far that is."""
+        moves = [frames.action]
+        if guesses.pose is not None:
+            pose = guesses.pose.detach()
+            moves += [pose, (pose - frames.motion[..., : self.body.pose_dim]) / STEP]
+        return torch.cat(moves, dim=-1)
+
+    def tokenize(
+        self, frames: FrameBatch, guesses: Guesses, action: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens "b l s d" (every camera's patches, then one for the pose), and what each frame's action and pose are, "b l d".
+
+        `action` "b l d": its embedding, where that is not made here.
+        """
         parts = []
         for camera, key in self.keys.items():
             inputs = [frames.latents[camera], frames.previous[camera]]
@@ -160,19 +185,19 @@ class Port(nn.Module):
                 if camera in seen:
                     tokens = tokens + (~seen[camera])[..., None, None] * unseen
             parts.append(tokens)
-        poses, moves = [frames.pose, frames.previous_pose], [frames.action]
+        poses = [frames.pose, frames.previous_pose]
         if guesses.pose is not None:
-            pose = guesses.pose.detach()
-            poses.append(pose)
-            moves += [pose, (pose - frames.motion[..., : self.body.pose_dim]) / STEP]
-        action = self.embed_action(torch.cat(moves, dim=-1)) if self.actions else self.no_action
-        action = torch.where(frames.has_action[..., None], action, self.no_action)
+            poses.append(guesses.pose.detach())
+        if self.actions and action is None and self.embed_action is not None:
+            action = self.embed_action(self.moves(frames, guesses))
+        told = self.no_action if action is None else action
+        action = torch.where(frames.has_action[..., None], told, self.no_action)
         pose_token = self.embed_pose(torch.cat(poses, dim=-1))
         parts.append((pose_token + action)[:, :, None])
         return torch.cat(parts, dim=2), action, pose_token
 
-    def remember(self, memories: Memories) -> tuple[Tensor, Tensor]:
-        """Tokens of remembered frames "b l n d", and which may be read "b l n"."""
+    def remember(self, memories: Memories) -> MemoryTokens:
+        """Remembered frames as tokens."""
         assert self.memory is not None
         patches = {self.keys[camera]: self._cut(z) for camera, z in memories.latents.items()}
         seen = {self.keys[camera]: there for camera, there in memories.seen.items()}

@@ -105,7 +105,7 @@ class Streaming:
         state's cache in place. `told`: whether the network is told the action."""
         slot, visible = state.visible()
         batch = self._batch(state, frame, level, action, told)
-        clean, pose = self.network.stream(self.body, batch, state.cache, slot, visible, memory)
+        clean, pose = self.network.stream(self.body, batch, state.cache, slot, visible, memory, self.config.router)
         return {camera: z[:, 0] for camera, z in clean.items()}, pose[:, 0]
 
     def read_memory(self, state: StreamState, action: Tensor) -> ReadMemory | None:

@@ -6,6 +6,7 @@
   of training (clean history beside noisy targets) and streaming with a cache.
 - Level, action block and instruction reach every block through adaptive normalisation, computed once a frame (DiT,
   2212.09748), or the action by another adapter (`adapters`).
+- The action is embedded by the robot's own port, or by experts that all robots share (`experts`).
 - Every second block also reads frames of long ago, where there is a memory (`memory`).
 - Dense networks (`guesses`) foretell the pose from the arm's motion and each view from the other views; their guesses are
   inputs: where the arm will be, and what comes into one camera's sight that has long been in another's.
@@ -26,13 +27,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldline.worldmodels.adapters import ADAPTERS, ActionAdapter, Conditioning, make_adapter
+from worldline.worldmodels.experts import ActionExperts, Routing
 from worldline.worldmodels.guesses import Guesses
 from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
 from worldline.worldmodels.memory import Memories, MemoryConfig, MemoryReader
 from worldline.worldmodels.ports import Body, FrameBatch, Port
-
-ReadMemory = tuple[list[tuple[Tensor, Tensor]], Tensor]
-"""Keys and values for each block that reads memory, and which of them may be read: made once a frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +49,8 @@ class TransformerConfig:
     adapter: str = "adaln"  # how actions enter the blocks: adaln, additive or cross-attention
     cross_view: bool = True  # False: a camera's tokens see that camera alone
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    experts: int = 0  # networks shared by all embodiments that embed actions; 0: each embodiment has one of its own
+    top_k: int = 2  # experts mixed for a frame
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -58,10 +59,35 @@ class TransformerConfig:
             raise ValueError(f"width, depth, window and patch must be at least 1, guess_width at least 0, got {self}")
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter: one of {', '.join(ADAPTERS)} required, got {self.adapter!r}")
+        if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
+            raise ValueError(
+                f"experts of at least 0 and top_k from 1 to experts required, got experts={self.experts}, top_k={self.top_k}"
+            )
+        if self.experts and not self.actions:
+            raise ValueError("experts embed actions: actions=True required with experts, got actions=False")
         if self.memory.size and self.depth < 2:
             raise ValueError(
                 f"a memory is read by every second block: a depth of at least 2 required, got {self.depth}"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the network makes of l frames."""
+
+    latents: Mapping[str, Tensor]  # camera -> "b l c h w"
+    pose: Tensor  # "b l p"
+    guesses: Guesses  # what it was helped by
+    routing: Routing | None  # None without experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadMemory:
+    """Remembered frames, ready to be read: made once a frame, whatever the number of solver steps."""
+
+    keys: list[tuple[Tensor, Tensor]]  # keys and values for each block that reads memory
+    readable: Tensor  # which of them
+    beside: Tensor  # "b l s d", added to the frame's own camera tokens
 
 
 class Block(nn.Module):
@@ -129,10 +155,15 @@ class SpaceTimeTransformer(nn.Module):
                     guess_width=config.guess_width,
                     actions=config.actions,
                     cross_view=config.cross_view,
-                    memory=config.memory.size > 0,
+                    memory=config.memory,
+                    experts=config.experts > 0,
                 )
                 for name, body in bodies.items()
             }
+        )
+        inputs = {name: self.port(name).move_dim for name in bodies}
+        self.experts = (
+            ActionExperts(inputs, width, experts=config.experts, top_k=config.top_k) if config.experts else None
         )
         self.embed_level = LevelEmbedding(width)
         self.embed_text = nn.Linear(text_dim, width) if text_dim else None
@@ -154,6 +185,8 @@ class SpaceTimeTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for port in self.ports.values():
             cast(Port, port).init_weights()
+        if self.experts is not None:
+            self.experts.init_weights()
         for block in self._blocks():
             for gate in (2, 5, 8):  # of shift, scale, gate for space attention, time attention, MLP
                 nn.init.ones_(block.modulation.bias[gate * self.config.width : (gate + 1) * self.config.width])
@@ -165,21 +198,30 @@ class SpaceTimeTransformer(nn.Module):
         for block in self.blocks:
             yield cast(Block, block)  # a ModuleList says only that it holds modules
 
-    def _begin(self, port: Port, frames: FrameBatch, guesses: Guesses) -> tuple[Tensor, Conditioning]:
+    def route(self, body: str, frames: FrameBatch, guesses: Guesses, router: str) -> tuple[Tensor, Routing]:
+        """The frames' actions "b l d" as embedded by experts, and which."""
+        assert self.experts is not None
+        return self.experts(self.port(body).moves(frames, guesses), body, told=frames.has_action, router=router)
+
+    def _begin(
+        self, body: str, frames: FrameBatch, guesses: Guesses, router: str
+    ) -> tuple[Tensor, Conditioning, Routing | None]:
         """Tokens and what conditions them."""
-        x, action, pose = port.tokenize(frames, guesses)
+        embedded, routing = (None, None) if self.experts is None else self.route(body, frames, guesses, router)
+        x, action, pose = self.port(body).tokenize(frames, guesses, embedded)
         vector = self.embed_level(frames.level)
         if next(self._blocks()).adapter.modulates:
             vector = vector + action
         if self.embed_text is not None:
             assert frames.text is not None
             vector = vector + self.embed_text(frames.text)[:, None]
-        return x, Conditioning(vector=F.silu(vector), action=action, pose=pose)
+        return x, Conditioning(vector=F.silu(vector), action=action, pose=pose), routing
 
     def read(self, body: str, memories: Memories) -> ReadMemory:
         """Remembered frames as keys and values of the blocks that read them."""
-        tokens, readable = self.port(body).remember(memories)
-        return [block.memory.keys(tokens) for block in self._blocks() if block.memory is not None], readable
+        found = self.port(body).remember(memories)
+        keys = [block.memory.keys(found.tokens) for block in self._blocks() if block.memory is not None]
+        return ReadMemory(keys=keys, readable=found.readable, beside=found.beside)
 
     def forward(
         self,
@@ -188,37 +230,49 @@ class SpaceTimeTransformer(nn.Module):
         mask: Tensor,
         keep: slice = slice(None),
         memories: Memories | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor, Guesses]:
-        """All frames at once: latents, poses, and the guesses they were helped by.
+        *,
+        router: str = "learned",
+    ) -> Prediction:
+        """All frames at once.
 
         Args:
             mask: "l l", True where a query frame (row) may look at a key frame (column).
             keep: the frames whose predictions are wanted: the last ones.
             memories: what is remembered for each of those. They alone read it.
+            router: how experts are chosen, if there are some (`experts`).
         """
         port = self.port(body)
         guesses = port.guesses(frames)
-        x, condition = self._begin(port, frames, guesses)
+        x, condition, routing = self._begin(body, frames, guesses, router)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         views = port.view_mask(x.device)
         guesses = guesses.keep(keep)
-        keys, readable = ([], None) if memories is None else self.read(body, memories)
-        pending = iter(keys)
+        memory = None if memories is None else self.read(body, memories)
+        if memory is not None:
+            x = _with_last(x, x[:, keep] + F.pad(memory.beside, (0, 0, 0, 1)))  # the pose token has none
+        pending = iter([] if memory is None else memory.keys)
 
         def read(y: Tensor, reader: MemoryReader) -> Tensor:
-            assert readable is not None
-            told = reader(y[:, keep], next(pending), readable)
-            return torch.cat([y[:, : y.shape[1] - told.shape[1]], told], dim=1)
+            assert memory is not None
+            return _with_last(y, reader(y[:, keep], next(pending), memory.readable))
 
         for block in self._blocks():
-            x = block(x, condition, lambda y, b: _masked(b, y, turn, mask), views, read if keys else None)
+            x = block(x, condition, lambda y, b: _masked(b, y, turn, mask), views, None if memory is None else read)
         frames, condition = frames.keep(keep), condition.keep(keep)
         shift, scale = self.final_modulation(condition.vector).chunk(2, dim=-1)
         latents, pose = port.output(x[:, keep], shift, scale, frames, guesses.pose)
-        return latents, pose, guesses
+        routing = None if routing is None else routing.keep(keep)
+        return Prediction(latents=latents, pose=pose, guesses=guesses, routing=routing)
 
     def stream(
-        self, body: str, frames: FrameBatch, cache: Tensor, slot: Tensor, visible: Tensor, memory: ReadMemory | None
+        self,
+        body: str,
+        frames: FrameBatch,
+        cache: Tensor,
+        slot: Tensor,
+        visible: Tensor,
+        memory: ReadMemory | None,
+        router: str = "learned",
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One frame (l = 1) against cached keys and values, which it overwrites at `slot`, in place.
 
@@ -227,18 +281,21 @@ class SpaceTimeTransformer(nn.Module):
             slot: "n", the ring position of this frame in each row.
             visible: "n window", which ring positions each row may attend to (its own included).
             memory: what `read` made of the frames remembered for this one.
+            router: how experts are chosen, if there are some (`experts`).
         """
         port = self.port(body)
         guesses = port.guesses(frames)
-        x, condition = self._begin(port, frames, guesses)
+        x, condition, _ = self._begin(body, frames, guesses, router)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         views = port.view_mask(x.device)
         rows = torch.arange(len(x), device=x.device)
-        pending = iter([] if memory is None else memory[0])
+        if memory is not None:
+            x = x + F.pad(memory.beside, (0, 0, 0, 1))
+        pending = iter([] if memory is None else memory.keys)
 
         def read(y: Tensor, reader: MemoryReader) -> Tensor:
             assert memory is not None
-            return reader(y, next(pending), memory[1])
+            return reader(y, next(pending), memory.readable)
 
         for i, block in enumerate(self._blocks()):
 
@@ -256,6 +313,11 @@ class SpaceTimeTransformer(nn.Module):
 def port_key(body: str) -> str:
     """An embodiment's name as a module's: without dots."""
     return body.replace(".", "_")
+
+
+def _with_last(x: Tensor, last: Tensor) -> Tensor:
+    """ "b l s d" with its last frames replaced."""
+    return torch.cat([x[:, : x.shape[1] - last.shape[1]], last], dim=1)
 
 
 def _masked(block: Block, y: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:

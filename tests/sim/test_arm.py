@@ -11,7 +11,16 @@ import torch
 from worldline.commands.recording import Record, run_record
 from worldline.data.lerobot_read import LeRobotDataset
 from worldline.errors import SimulatorError
-from worldline.sim import SimulatedWorld, WorldPool, arm, disjoint_starts, episode_seed, make_world, record
+from worldline.sim import (
+    SimulatedWorld,
+    WorldPool,
+    arm,
+    disjoint_starts,
+    episode_seed,
+    make_world,
+    record,
+    rollout_actions,
+)
 from worldline.sim.arm import ArmWorld, cell_in_view, cells_in_sight
 from worldline.sim.arm_behaviours import AWAY, BLENDS, CAUSES, arm_behaviour, arm_cause
 from worldline.sim.arm_kinematics import CAMERA_ABOVE_HAND, CELLS, HIGH, LOW, WRIST_FOVY, forward, inverse
@@ -314,3 +323,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(SimulatorError, match="did you mean expert"):
         record("arm/reach", tmp_path / "e", episodes=2, policy="expret", **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_after_the_given_blocks_the_arm_stays_where_it_was_sent() -> None:
+    pool = WorldPool("arm/reach", rows=1, cameras=(), horizon=160)
+    try:
+        target = torch.tensor([-1.0, 1.5, 0.1, 0.2])
+        (result,) = rollout_actions(pool, target.expand(1, 20, 4, 4).contiguous(), seeds=[3])
+    finally:
+        pool.close()
+    assert torch.equal(result.actions[-1, -1], target)
+    assert torch.allclose(result.poses[-1], result.poses[20], atol=0.02)

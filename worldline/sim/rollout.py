@@ -100,13 +100,15 @@ def rollout_actions(
 ) -> list[RolloutResult]:
     """Send given action blocks to each start whatever comes of them: for example those a policy sent in a dream.
 
-    After the last block the middle of the action range is sent until the episode ends. Raises `SimulatorError` if there is
+    After the last block the robot is left where it is until the episode ends: absolute targets are repeated, of moves and
+    velocities the middle of the range is sent. Raises `SimulatorError` if there is
     not one row of actions a seed.
     """
     if len(actions) != len(seeds) or not seeds:
         raise SimulatorError(f"actions for each of {len(seeds)} starts are required, got {len(actions)} rows.")
     low, high = torch.tensor(pool.spec.action.low), torch.tensor(pool.spec.action.high)
-    rest = ((low + high) / 2).expand(len(actions), 1, *actions.shape[2:])
+    still = actions[:, -1:, -1:] if pool.spec.action.kind == "absolute" else (low + high) / 2
+    rest = still.expand(len(actions), 1, *actions.shape[2:])
     blocks, results = torch.cat([actions, rest], dim=1), []
     with tqdm(total=len(seeds), desc=progress, unit="episode", disable=progress is None, leave=False) as bar:
         for start in range(0, len(seeds), pool.rows):

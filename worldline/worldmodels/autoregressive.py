@@ -212,7 +212,8 @@ class AutoregressiveWorldModel(nn.Module):
             before = clip.present.get(camera, always).to(self.device)[:, None].expand(b, clip.lead)
             own = seen.get(camera, always[:, None].expand(b, e - clip.lead - 1))
             there[camera] = torch.cat([before, own, always[:, None]], dim=1)
-        query = self.port.foretell(targets)
+        # sampling looks up by the action, also for the frame that guidance imagines without it
+        query = self.port.foretell(replace(targets, has_action=torch.ones_like(targets.has_action)))
         return recall_in_training(
             whole.frames, there, whole.poses, led.to(self.device), query, config.memory, config.window
         )

@@ -64,7 +64,7 @@ def frame_of(latents: dict, pose: torch.Tensor) -> Frame:
 
 def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torch.Tensor]:
     """All frames at level 0 at once under the banded causal mask, without a cache."""
-    units = model._network_units(clip)
+    units = model.network_units(clip)
     frames, poses, actions = units.frames, units.poses, units.actions
     shift = lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)  # noqa: E731
     b, t = poses.shape[:2]
@@ -89,7 +89,7 @@ def full_pass(model: AutoregressiveWorldModel, clip) -> tuple[torch.Tensor, torc
 def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, frames):
     clip = encoded(dot_clip(2, frames, 3), dot_tokenizer())
     expected, expected_pose = full_pass(model, clip)
-    units = model._network_units(clip)
+    units = model.network_units(clip)
     poses, actions = units.poses, units.actions
     state = model.observe(
         replace(clip, frames={"top": clip.frames["top"][:, :1]}, poses=clip.poses[:, :1], actions=clip.actions[:, :0])
@@ -109,7 +109,7 @@ def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, fr
 def test_training_shows_a_target_exactly_what_streaming_shows_it(model):
     """The doubled pass at level 1 with clean history predicts what one solver step in the dream predicts."""
     clip = encoded(dot_clip(2, 7, 3), dot_tokenizer())
-    units = model._network_units(clip)
+    units = model.network_units(clip)
     frames, poses, actions = units.frames, units.poses, units.actions
     t = 7
     shift = lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)  # noqa: E731
@@ -277,7 +277,7 @@ def test_a_view_is_guessed_without_its_own_history():
     clip = two_view_clip(3, 5, 0)
     guesses = []
     for hidden in (None, "side"):
-        units = model._network_units(clip)
+        units = model.network_units(clip)
         frames, poses, actions = dict(units.frames), units.poses, units.actions
         if hidden:
             frames[hidden] = torch.randn_like(frames[hidden])

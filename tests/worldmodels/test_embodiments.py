@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.robots import CABLE_EYES, DOTS, TRIPOD, clips, robots
+from worldline.diffusion import LevelDistribution
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers import whiten
 from worldline.types import Clip, WorldModel
@@ -62,15 +63,21 @@ def dream(world: AutoregressiveWorldModel, clip: Clip, rows: slice = slice(None)
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("network", [{}, {"memory": MemoryConfig(recent=1, nearest=1, stride=2, gap=1, capacity=6)}])
 def test_training_shows_a_target_what_streaming_shows_it(name, network):
-    world, t = scrambled(make(network=network)).member(name), 7
+    world, t = scrambled(make(network=network, history=LevelDistribution(clean=1.0))).member(name), 7
     clip = clips(2, t, 3)[name]
-    units = world._network_units(clip)
+    units = world.network_units(clip)
     clean, pure = torch.zeros(2, t - 1), torch.ones(2, t - 1)
     batch = doubled_batch(
-        units, history_level=clean, target_level=pure, told=None, seen={}, generator=torch.Generator().manual_seed(0)
+        units,
+        units,
+        history_level=clean,
+        target_level=pure,
+        told=None,
+        seen={},
+        generator=torch.Generator().manual_seed(0),
     )
     targets = slice(t - 1, None)
-    memories = world._memories_in_training(clip, units, batch.keep(targets), {})
+    memories = world.training_pass.memories(clip, units, batch.keep(targets), {}, None)
     with torch.no_grad():
         trained = world.network(name, batch, teacher_forcing_mask(t - 1, 3), targets, memories)
     assert torch.equal(trained.routing.weight, world.routing(clip).weight)

@@ -71,36 +71,40 @@ def test_rows_are_kept_apart_forked_and_reset():
 @pytest.mark.parametrize("every", [1, 3])
 def test_training_is_shown_what_a_rollout_is_shown(every):
     """Rows with beginnings of different lengths; a bank that overflows; another order of events than in training."""
-    config, window, e, targets = MemoryConfig(recent=1, nearest=2, gap=2, capacity=6, every=every), 3, 20, 5
+    config, window, e, targets = MemoryConfig(start=True, recent=1, nearest=2, gap=2, capacity=6, every=every), 3, 20, 5
     generator = torch.Generator().manual_seed(0)
     poses, length = torch.rand(4, e, 2, generator=generator), torch.tensor([20, 13, 8, 6])
     latents = {"top": torch.rand(4, e, 1, 2, 2, generator=generator)}
     seen = {"top": torch.rand(4, e, generator=generator) > 0.3}
-    query = torch.rand(4, targets, 2, generator=generator)
-    found = recall_in_training(latents, seen, poses, length, query, config, window)
+    query, level = torch.rand(4, targets, 2, generator=generator), torch.rand(4, e, generator=generator)
+    found = recall_in_training(latents, seen, poses, level, length, query, config, window)
     some = 0
     for row in range(4):
         first = e - int(length[row])
-        bank = MemoryBank.empty(1, 6, 2, frame_content({"top": latents["top"][:1, 0]}, {"top": seen["top"][:1, 0]}))
+
+        def content_of(row: int, at: int) -> dict:
+            one = slice(row, row + 1)
+            return frame_content({"top": latents["top"][one, at]}, {"top": seen["top"][one, at]}, level[one, at])
+
+        bank = MemoryBank.empty(1, 6, 2, content_of(0, 0))
         for number in range(int(length[row])):
             at, target = first + number, first + number - (e - targets)
             if target >= 0:
                 expected = recall(bank, query[row : row + 1, target], torch.tensor([number]), config, window)
                 held = expected.valid[0, 0]
                 assert torch.equal(found.valid[row, target], held)
-                for name in ("pose", "age"):
+                for name in ("pose", "age", "level"):
                     assert torch.equal(getattr(found, name)[row, target][held], getattr(expected, name)[0, 0][held])
                 for shown, wanted in ((found.latents, expected.latents), (found.seen, expected.seen)):
                     assert torch.equal(shown["top"][row, target][held], wanted["top"][0, 0][held])
                 some += int(held.sum())
-            content = frame_content({"top": latents["top"][row : row + 1, at]}, {"top": seen["top"][row : row + 1, at]})
             kept = torch.tensor([number % every == 0])
-            bank = bank.push(poses[row : row + 1, at], torch.tensor([number]), content, kept)
+            bank = bank.push(poses[row : row + 1, at], torch.tensor([number]), content_of(row, at), kept)
     assert some > 20
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(ValueError, match=r"capacity of at least recent \+ nearest = 9"):
+    with pytest.raises(ValueError, match=r"capacity of at least start \+ recent \+ nearest = 9"):
         MemoryConfig(recent=5, nearest=4, capacity=8)
     with pytest.raises(ValueError, match="gap and every of at least 1"):
         MemoryConfig(nearest=1, every=0)

@@ -18,7 +18,7 @@ from worldline.worldmodels.streaming import Frame
 from worldline.worldmodels.transformer import teacher_forcing_mask
 
 TWO_VIEWS = replace(SPEC, cameras=(*SPEC.cameras, replace(SPEC.cameras[0], name="side.b")))
-MEMORY = MemoryConfig(recent=1, stride=2, nearest=2, gap=1, capacity=6)
+MEMORY = MemoryConfig(start=True, recent=1, stride=2, nearest=2, gap=1, capacity=6)
 
 
 def model_of(seed: int = 0, network: dict | None = None, **options) -> AutoregressiveWorldModel:
@@ -68,17 +68,23 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_shows_a_target_what_streaming_shows_it(name):
-    model, t = model_of(**OPTIONS[name]), 9
+    model, t = model_of(**OPTIONS[name], history=LevelDistribution(clean=1.0)), 9
     present = {"side.b": torch.tensor([True, False])} if "camera_dropout" in OPTIONS[name] else {}
     clip = clip_of(2, t, 3, present=present)
-    units = model._network_units(clip)
+    units = model.network_units(clip)
     clean, pure = torch.zeros(2, t - 1), torch.ones(2, t - 1)
     seen = {c: present.get(c, torch.ones(2).bool())[:, None].expand(-1, t - 1) for c in units.frames} if present else {}
     batch = doubled_batch(
-        units, history_level=clean, target_level=pure, told=None, seen=seen, generator=torch.Generator().manual_seed(0)
+        units,
+        units,
+        history_level=clean,
+        target_level=pure,
+        told=None,
+        seen=seen,
+        generator=torch.Generator().manual_seed(0),
     )
     targets = slice(t - 1, None)
-    memories = model._memories_in_training(clip, units, batch.keep(targets), seen)
+    memories = model.training_pass.memories(clip, units, batch.keep(targets), seen, None)
     assert (memories is not None) == ("memory" in name or name == "all")
     with torch.no_grad():
         mask = teacher_forcing_mask(t - 1, 3)
@@ -230,3 +236,46 @@ def test_hashed_text_tells_instructions_apart_and_knows_shared_words():
 def test_an_unknown_adapter():
     with pytest.raises(ValueError, match="adapter: one of adaln, additive, cross-attention required, got 'film'"):
         TransformerConfig(adapter="film")
+
+
+def test_own_history_is_the_models_own_dream_of_the_clip():
+    """As many rounds as frames: frame by frame what streaming imagines from the first. The rest of the input is silenced, for the
+    noise of training and of a dream are drawn differently."""
+    t = 6
+    for memory in (MemoryConfig(), MEMORY):
+        model = model_of(
+            network={"memory": memory}, history=LevelDistribution(clean=1.0), own_history=0.5, own_rounds=1
+        )
+        with torch.no_grad():
+            for key, embed in model.port.embed.items():
+                embed.weight[:, : embed.in_features // 3] = 0
+                assert embed.in_features % 3 == 0, key
+            model.port.embed_pose.weight[:, : model.port.body.pose_dim] = 0
+        clip = clip_of(2, t, 3)
+        whole = model.network_units(clip)
+        own = whole
+        for _ in range(t - 1):
+            own = model.training_pass.imagined(clip, whole, own, {}, None)
+        _, dreamt = model.imagine(model.observe(first(clip)), clip.actions, seeds=torch.tensor([4, 9]))
+        assert torch.equal(own.poses[:, 0], whole.poses[:, 0])
+        poses = model.pose_normalizer.normalize(dreamt.poses)
+        if memory.size:  # what is remembered of a dream is imagined too, of a clip it is true
+            assert torch.allclose(own.poses[:, 1:4], poses[:, :3], atol=1e-4)
+        else:
+            assert torch.allclose(own.poses[:, 1:], poses, atol=1e-4)
+            again = model.network_units(
+                replace(clip, frames={c: torch.cat([z[:, :1], dreamt.latents[c]], 1) for c, z in clip.frames.items()})
+            )
+            for camera, z in own.frames.items():
+                assert torch.allclose(z, again.frames[camera], atol=1e-3)
+
+
+def test_training_on_own_history_reaches_the_weights_and_says_so_in_its_loss():
+    clip = clip_of(2, 6, 3)
+    plain, own = model_of(), model_of(own_history=0.999, own_rounds=2)
+    losses = [m.loss(clip, torch.Generator().manual_seed(0))[0] for m in (plain, own)]
+    assert losses[0] != losses[1]
+    losses[1].backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in own.parameters())
+    with pytest.raises(ValueError, match="own_rounds must be at least 1, got 0"):
+        model_of(own_history=0.5, own_rounds=0)

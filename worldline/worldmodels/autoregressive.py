@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -31,13 +30,12 @@ from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
 from worldline.worldmodels.experts import Routing
-from worldline.worldmodels.guesses import STEP
 from worldline.worldmodels.language import text_encoder
-from worldline.worldmodels.memory import Memories, recall_in_training
-from worldline.worldmodels.ports import ONLY, Body, FrameBatch, Port
+from worldline.worldmodels.ports import ONLY, Body, Port
 from worldline.worldmodels.state import StreamState
 from worldline.worldmodels.streaming import Frame, Streaming
-from worldline.worldmodels.transformer import SpaceTimeTransformer, teacher_forcing_mask
+from worldline.worldmodels.training import Training
+from worldline.worldmodels.transformer import SpaceTimeTransformer
 
 KIND = "autoregressive"
 
@@ -78,6 +76,10 @@ class AutoregressiveWorldModel(nn.Module):
         return Streaming(network=self.network, body=self.body, config=self.config)
 
     @property
+    def training_pass(self) -> Training:
+        return Training(network=self.network, body=self.body, config=self.config)
+
+    @property
     def latent_spec(self) -> LatentSpec:
         assert self.spec.latent is not None
         return self.spec.latent
@@ -97,82 +99,20 @@ class AutoregressiveWorldModel(nn.Module):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow-matching loss of a clip of raw latents with t >= 2 frames, and detached metrics.
+        """Flow-matching loss of a clip of raw latents with t >= 2 frames, and detached metrics (`training`).
 
         Levels and noise are drawn on the CPU from `generator`, so that they do not depend on the device.
         """
-        whole = self._network_units(clip)
-        own = whole.after(clip.lead)
-        frames, poses = own.frames, own.poses
-        b, t = poses.shape[:2]
-        history_level = self.config.history.sample((b, t - 1), generator).to(self.device)
-        target_level = self.config.target.sample((b, t - 1), generator).to(self.device)
-        told = None
-        if self.config.action_dropout:
-            told = (torch.rand(b, t - 1, generator=generator) >= self.config.action_dropout).to(self.device)
-        seen = self._seen_in_training(clip, t - 1, generator)
-        batch = doubled_batch(
-            own,
-            history_level=history_level,
-            target_level=target_level,
-            told=told,
-            seen=seen,
-            generator=generator,
-        )
-        mask = teacher_forcing_mask(t - 1, self.config.network.window, self.device)
-        targets = slice(t - 1, None)
-        memories = self._memories_in_training(clip, whole, batch.keep(targets), seen)
-        made = self.network(self.body, batch, mask, targets, memories, router=self.config.router)
-        predicted, predicted_pose, guessed = made.latents, made.pose, made.guesses
-
-        weight = (1 / target_level.clamp(min=1e-3) ** 2).clamp(max=self.config.max_weight)
-        there = {c: clip.present[c].to(self.device)[:, None] if c in clip.present else None for c in frames}
-
-        def error(made: Tensor, camera: str) -> Tensor:
-            """ "b t-1": zero where the data has no such camera."""
-            missed = (made - frames[camera][:, 1:]).square().mean((2, 3, 4))
-            mask = there[camera]
-            return missed if mask is None else missed * mask
-
-        per_camera = {c: error(predicted[c], c) for c in frames}
-        pose_error = (predicted_pose - poses[:, 1:]).square().mean(2) if poses.shape[2] else torch.zeros_like(weight)
-        loss = sum(((weight * e).mean() for e in per_camera.values()), torch.zeros((), device=self.device))
-        loss = loss / len(per_camera) + self.config.pose_weight * (weight * pose_error).mean()
-        guess_error = {c: error(z, c).mean() for c, z in guessed.views.items()}
-        loss = loss + sum(guess_error.values(), torch.zeros((), device=self.device)) / max(1, len(guess_error))
-        if guessed.pose is not None:
-            # contacts move an arm as it cannot foresee: they must not rule what it learns
-            miss = F.smooth_l1_loss(guessed.pose / STEP, poses[:, 1:] / STEP, beta=0.2, reduction="none").mean(2)
-            miss = miss.mean() if told is None else (miss * told).sum() / told.sum().clamp(min=1)
-            loss = loss + miss
-            guess_error["pose"] = miss
-        pure = target_level == 1
-        metrics = self._routing_metrics(made.routing)
-        if "balance" in metrics:
-            loss = loss + self.config.balance_weight * metrics["balance"]
-            metrics["balance"] = metrics["balance"].detach()
-        metrics |= {f"guess_error/{c}": e.detach() for c, e in guess_error.items()}
-        metrics |= {f"one_step_error/{c}": _mean_where(e, pure) for c, e in per_camera.items()}
-        return loss, metrics | {"one_step_error/pose": _mean_where(pose_error, pure)}
-
-    def _routing_metrics(self, routing: Routing | None) -> dict[str, Tensor]:
-        """`balance`, the loss that keeps experts in use, where a router is learned; `routing_entropy` in nats."""
-        if routing is None:
-            return {}
-        assert self.network.experts is not None
-        metrics = {"routing_entropy": routing.entropy().detach()}
-        if self.config.router not in ("uniform", "fixed"):
-            metrics["balance"] = self.network.experts.balance(routing, self.body)
-        return metrics
+        return self.training_pass.loss(clip, self.network_units(clip), generator)
 
     @torch.no_grad()
     def routing(self, clip: Clip) -> Routing:
         """How the t - 1 blocks of a clip are routed to experts. Raises `SpecMismatch` where there are none."""
         if self.network.experts is None:
             raise SpecMismatch("routing requires a world model with experts (network.experts), got one without")
-        units = self._network_units(clip)
+        units = self.network_units(clip)
         clean = torch.zeros(len(units.poses), units.poses.shape[1] - 1, device=self.device)
-        batch = doubled_batch(units, history_level=clean, target_level=clean, told=None, seen={}, generator=None)
+        batch = doubled_batch(units, units, history_level=clean, target_level=clean, told=None, seen={}, generator=None)
         targets = batch.keep(slice(clean.shape[1], None))
         return self.network.route(self.body, targets, self.port.guesses(targets), self.config.router)[1]
 
@@ -180,45 +120,7 @@ class AutoregressiveWorldModel(nn.Module):
         if self.network.experts is not None:
             self.network.experts.check_router(self.config.router)
 
-    def _seen_in_training(self, clip: Clip, frames: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """camera -> "b frames", which history frames hold it. Empty if nothing is ever missing."""
-        if not (self.config.camera_dropout or clip.present):
-            return {}
-        seen: dict[str, Tensor] = {}
-        for camera in self.port.keys:
-            since = torch.zeros(len(clip.poses), dtype=torch.long)
-            if self.config.camera_dropout:
-                missing = torch.rand(len(since), generator=generator) < self.config.camera_dropout
-                since = torch.where(missing, torch.randint(1, frames + 1, since.shape, generator=generator), since)
-            there = torch.arange(frames) >= since[:, None]
-            if camera in clip.present:
-                there = there & clip.present[camera].cpu()[:, None]
-            seen[camera] = there.to(self.device)
-        return seen
-
-    def _memories_in_training(
-        self, clip: Clip, whole: NetworkClip, targets: FrameBatch, seen: Mapping[str, Tensor]
-    ) -> Memories | None:
-        """What each target is shown of the frames before it; `seen` as of the history, for the clip's own frames."""
-        config = self.config.network
-        if not config.memory.size:
-            return None
-        b, e = whole.poses.shape[:2]
-        length = torch.full((b,), e - clip.lead)
-        led = length if clip.led is None else length + clip.led.cpu()
-        always = torch.ones(b, dtype=torch.bool, device=self.device)
-        there = {}
-        for camera in whole.frames:
-            before = clip.present.get(camera, always).to(self.device)[:, None].expand(b, clip.lead)
-            own = seen.get(camera, always[:, None].expand(b, e - clip.lead - 1))
-            there[camera] = torch.cat([before, own, always[:, None]], dim=1)
-        # sampling looks up by the action, also for the frame that guidance imagines without it
-        query = self.port.foretell(replace(targets, has_action=torch.ones_like(targets.has_action)))
-        return recall_in_training(
-            whole.frames, there, whole.poses, led.to(self.device), query, config.memory, config.window
-        )
-
-    def _network_units(self, clip: Clip) -> NetworkClip:
+    def network_units(self, clip: Clip) -> NetworkClip:
         """Whitened latents, normalised poses, normalised flattened action blocks, on this model's device."""
         there = {c: clip.frames[c].to(self.device, torch.float32) for c in self.port.keys}
         encoder, text = text_encoder(self.config.text), None
@@ -244,7 +146,7 @@ class AutoregressiveWorldModel(nn.Module):
     @torch.no_grad()
     def observe(self, clip: Clip) -> StreamState:
         """Stream real frames (raw latents "n t c h w", t >= 1) into a fresh state."""
-        units = self._network_units(clip)
+        units = self.network_units(clip)
         n, t = units.poses.shape[:2]
         state = self.streaming.start(units)
         seeds = torch.zeros(n, dtype=torch.long, device=self.device)
@@ -354,8 +256,3 @@ def _with_ports(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 2, value.shape[1]
             )
     return renewed
-
-
-def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the mask, NaN where it is empty: a small batch may hold no such target. The training log leaves it out."""
-    return ((values * mask).sum() / mask.sum()).detach()

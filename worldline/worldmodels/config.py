@@ -19,6 +19,8 @@ class AutoregressiveConfig:
     target: LevelDistribution = field(default_factory=lambda: LevelDistribution(pure=0.5, low=0.02))
     max_weight: float = 4.0  # cap of the loss weight 1/level^2
     pose_weight: float = 30.0  # a frame changes a normalised pose by about 0.1: squared, little beside the latents
+    own_history: float = 0.0  # share of batches whose history is what the network itself imagines (`training`)
+    own_rounds: int = 2  # so many frames of its own errors at the most
     action_dropout: float = 0.0  # share of targets that are not told their action: what guidance compares with
     camera_dropout: float = 0.0  # share of a clip's cameras that are not seen up to a frame drawn
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
@@ -32,9 +34,11 @@ class AutoregressiveConfig:
     cache_write: Literal["clean", "last-step"] = "clean"
 
     def __post_init__(self) -> None:
-        for name in ("action_dropout", "camera_dropout"):
+        for name in ("action_dropout", "camera_dropout", "own_history"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share, at least 0 and below 1, got {getattr(self, name)}")
+        if self.own_rounds < 1:
+            raise ValueError(f"own_rounds must be at least 1, got {self.own_rounds}")
         if self.balance_weight < 0:
             raise ValueError(f"balance_weight must be at least 0, got {self.balance_weight}")
         if self.router != "learned" and not self.network.experts:

@@ -32,6 +32,7 @@ class NetworkClip:
 
 def doubled_batch(
     clip: NetworkClip,
+    past: NetworkClip,
     *,
     history_level: Tensor,
     target_level: Tensor,
@@ -42,6 +43,8 @@ def doubled_batch(
     """Network input of the two streams, 2 (t - 1) frames.
 
     Args:
+        clip: what targets are made of.
+        past: what history is made of: the same clip, or what was imagined in its place.
         history_level, target_level: "b t-1".
         told: "b t-1" bool, whether a target is told its action (None: all are).
         seen: camera -> "b t-1" bool, whether the history frames hold that camera; all do where it is not named.
@@ -54,15 +57,15 @@ def doubled_batch(
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         return add_noise(linear_path, clean, noise, level)
 
-    history = {camera: noised(z[:, :-1], history_level) for camera, z in frames.items()}
+    history = {camera: noised(z[:, :-1], history_level) for camera, z in past.frames.items()}
     target = {camera: noised(z[:, 1:], target_level) for camera, z in frames.items()}
-    pose_history, pose_target = noised(poses[:, :-1], history_level), noised(poses[:, 1:], target_level)
+    pose_history, pose_target = noised(past.poses[:, :-1], history_level), noised(poses[:, 1:], target_level)
     for camera, there in seen.items():
         history[camera] = history[camera] * there[..., None, None, None]
     all_there = torch.ones(b, t - 1, dtype=torch.bool, device=poses.device)
     held = {camera: seen.get(camera, all_there) for camera in frames}
-    before = torch.cat([poses[:, :1], poses[:, :-2]], 1)
-    motion = motion_of(poses[:, :-1], before, shift(actions))  # of the frame before each target
+    before = torch.cat([past.poses[:, :1], past.poses[:, :-2]], 1)
+    motion = motion_of(past.poses[:, :-1], before, shift(actions))  # of the frame before each target
     has_action = torch.ones(b, 2 * t - 2, dtype=torch.bool, device=poses.device)
     has_action[:, 0] = False
     if told is not None:

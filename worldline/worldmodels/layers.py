@@ -12,6 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+def cut(latents: Tensor, patch: int) -> Tensor:
+    """Latents "... c h w" as tokens "... s n" of patch x patch cells."""
+    return rearrange(latents, "... c (h p) (w q) -> ... (h w) (c p q)", p=patch, q=patch)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer-normalise "b l s d" tokens without own parameters, then shift and scale per frame ("b l d")."""
     return torch.addcmul(shift[:, :, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, :, None])

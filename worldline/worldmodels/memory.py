@@ -5,9 +5,8 @@ and pose, not keys), and a few frames are chosen for each frame that is to be im
 and those whose pose is nearest to the pose the arm is about to take, because what a wrist camera will see then it has seen
 there before. Ctrl-World (2510.10125) describes such retrieval; its released code has strided history only.
 
-Chosen frames are encoded anew each time, with their age and the way from their pose to the coming one told to the network, and
-are read by attention without rotary turns: nothing in the bank goes stale, and the same function chooses in training
-and in rollouts. Poses are normalised; `frames` are frame numbers, -1 where a place is empty.
+Chosen frames are encoded anew each time they are shown (`memory_reading`): nothing in the bank goes stale, and the same function
+chooses in training and in rollouts. Poses are normalised; `frames` are frame numbers, -1 where a place is empty.
 """
 
 from collections.abc import Mapping
@@ -15,20 +14,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldline.errors import DatasetError
 
 _FAR = 1e9
-_SEEN = "seen: "
+_SEEN, _LEVEL = "seen: ", "level"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """How much is remembered, and what of it is shown for each frame. Without `recent` and `nearest` there is no memory."""
+    """How much is remembered, and what of it is shown for each frame. Without `start`, `recent` and `nearest` there is no memory."""
 
+    start: bool = False  # the episode's first frame
     recent: int = 0  # frames at fixed distances behind the window
     stride: int = 8  # frames between those
     nearest: int = 0  # frames nearest by pose
@@ -43,13 +42,13 @@ class MemoryConfig:
             )
         if self.capacity < max(2, self.size):
             raise ValueError(
-                f"memory: a capacity of at least recent + nearest = {self.size} frames (and 2) required, got {self.capacity}"
+                f"memory: a capacity of at least start + recent + nearest = {self.size} frames (and 2) required, got {self.capacity}"
             )
 
     @property
     def size(self) -> int:
         """Frames shown for each frame."""
-        return self.recent + self.nearest
+        return self.start + self.recent + self.nearest
 
     def require_history(self, frames: int, window: int, *, source: str) -> None:
         """Raise `DatasetError` if episodes of `frames` frames can neither fill the bank nor reach back as far as is asked:
@@ -103,7 +102,8 @@ class MemoryBank:
     def push(
         self, pose: Float[Tensor, "n p"], frame: Int[Tensor, " n"], content: Mapping[str, Tensor], kept: Tensor
     ) -> "MemoryBank":
-        """One more frame in the rows where `kept` "n". A full bank gives up the older of its two frames most alike in pose."""
+        """One more frame in the rows where `kept` "n". A full bank gives up the older of its two frames most alike in pose, but
+        never the episode's first frame: in a dream that one is real."""
         free = self.frames < 0
         slot = free.float().argmax(1)  # the first free place
         full = kept & ~free.any(1)
@@ -121,13 +121,14 @@ class MemoryBank:
         )
 
     def _redundant(self) -> Tensor:
-        """ "n": of the two frames with the nearest poses, the place of the older one."""
+        """ "n": of the two frames with the nearest poses, the place of the older one; the episode's first frame stays."""
         capacity = self.frames.shape[1]
         apart = (self.poses[:, :, None] - self.poses[:, None]).square().sum(-1)
         apart = apart + _FAR * torch.eye(capacity, device=apart.device)
         first, second = (pair := apart.flatten(1).argmin(1)) // capacity, pair % capacity
-        ages = self.frames.gather(1, torch.stack([first, second], 1))
-        return torch.where(ages[:, 0] < ages[:, 1], first, second)
+        number = self.frames.gather(1, torch.stack([first, second], 1))
+        number = torch.where(number == 0, int(_FAR), number)
+        return torch.where(number[:, 0] < number[:, 1], first, second)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,7 @@ class Memories:
     seen: Mapping[str, Tensor]  # camera -> "b l m" bool: whether that frame held the camera
     pose: Tensor  # "b l m p"
     age: Tensor  # "b l m", frames
+    level: Tensor  # "b l m": noise that `latents` carry
     valid: Tensor  # "b l m" bool
     query: Tensor  # "b l p": the pose they were chosen for
 
@@ -147,8 +149,8 @@ def choose(
 ) -> tuple[Int[Tensor, "n m"], Bool[Tensor, "n m"]]:
     """The places in the bank of the frames shown for frame number `now`, and which of these places hold one.
 
-    First `recent` frames: those nearest to ages window, window + stride, ...; then `nearest` frames, by the distance of their
-    poses from `query`. Frames that the key-value cache still holds (younger than `window`) are never among them, and no
+    First, with `start`, the oldest frame there is, which is the episode's first; then `recent` frames: those nearest to ages
+    window, window + stride, ...; then `nearest` frames, by the distance of their poses from `query`. Frames that the key-value cache still holds (younger than `window`) are never among them, and no
     frame is chosen twice.
     """
     age = now[:, None] - bank.frames
@@ -165,6 +167,8 @@ def choose(
         near = (bank.frames - bank.frames.gather(1, place[:, None])).abs() < around
         open_ = open_ & ~(near & held[:, None])
 
+    if config.start:
+        take(bank.frames.float(), 1)
     for i in range(config.recent):
         take((age - window - i * config.stride).abs().float(), 1)
     for _ in range(config.nearest):
@@ -172,9 +176,11 @@ def choose(
     return torch.stack(places, 1), torch.stack(valid, 1)
 
 
-def frame_content(latents: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a bank keeps of a frame: each camera's latents "n c h w" and whether it was there "n"."""
-    return {**latents, **{_SEEN + camera: there.float() for camera, there in seen.items()}}
+def frame_content(
+    latents: Mapping[str, Tensor], seen: Mapping[str, Tensor], level: Float[Tensor, " n"]
+) -> dict[str, Tensor]:
+    """What a bank keeps of a frame: each camera's latents "n c h w", the noise level they are at, and whether it was there."""
+    return {**latents, **{_SEEN + camera: there.float() for camera, there in seen.items()}, _LEVEL: level}
 
 
 def recall(
@@ -186,13 +192,13 @@ def recall(
     """
     places, valid = choose(bank, query, now, config, window)
     rows = torch.arange(len(places), device=places.device)[:, None]
+    shown = {name: z[rows, places][:, None] for name, z in bank.content.items()}
+    level = shown.pop(_LEVEL)
+    seen = {name.removeprefix(_SEEN): shown.pop(name) > 0 for name in tuple(shown) if name.startswith(_SEEN)}
     return Memories(
-        latents={name: z[rows, places][:, None] for name, z in bank.content.items() if not name.startswith(_SEEN)},
-        seen={
-            name.removeprefix(_SEEN): z[rows, places][:, None] > 0
-            for name, z in bank.content.items()
-            if name.startswith(_SEEN)
-        },
+        latents=shown,
+        seen=seen,
+        level=level,
         pose=bank.poses[rows, places][:, None],
         age=(now[:, None] - bank.frames[rows, places])[:, None],
         valid=valid[:, None],
@@ -204,6 +210,7 @@ def recall_in_training(
     latents: Mapping[str, Float[Tensor, "b e c _h _w"]],
     seen: Mapping[str, Bool[Tensor, "b e"]],
     poses: Float[Tensor, "b e p"],
+    level: Float[Tensor, "b e"],
     length: Int[Tensor, " b"],
     query: Float[Tensor, "b l p"],
     config: MemoryConfig,
@@ -212,8 +219,9 @@ def recall_in_training(
     """What a rollout's bank would show for the last l frames of each row, by the same `push` and `choose`.
 
     Args:
-        latents, seen, poses: whole beginnings of episodes, right-aligned: the last `length` of e frames are there. The l frames
-            that are imagined are the last ones, and the ones before them have been observed.
+        latents, seen, poses, level: whole beginnings of episodes, right-aligned: the last `length` of e frames are there. The l
+            frames that are imagined are the last ones, and the ones before them have been observed. Latents carry noise of
+            `level`.
         query: for each of the l frames the pose it was to be chosen by.
     """
     b, e, asked = len(poses), poses.shape[1], query.shape[1]
@@ -236,82 +244,8 @@ def recall_in_training(
         latents={camera: z[rows, where] for camera, z in latents.items()},
         seen={camera: there[rows, where] for camera, there in seen.items()},
         pose=poses[rows, where],
+        level=level[rows, where],
         age=torch.stack(age, 1),
         valid=torch.stack(valid, 1),
         query=query,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTokens:
-    """Remembered frames as the network takes them in."""
-
-    tokens: Tensor  # "b l n d": to be attended to
-    readable: Tensor  # "b l n" bool
-    beside: Tensor  # "b l s d": of the one frame nearest by pose, for the frame's own tokens at the same places
-
-
-class MemoryEncoder(nn.Module):
-    """Tokens of remembered frames: patches, their place, and what tells of the frame: age, pose, the way to the coming pose.
-
-    The frame nearest by pose (without `nearest`, the first one shown) is also laid beside the frame that is imagined, place
-    by place: from almost the same pose it shows almost the same, and copying it need not wait until attention has learned to.
-    """
-
-    def __init__(
-        self, width: int, channels: Mapping[str, int], pose_dim: int, config: MemoryConfig, ages: int = 8
-    ) -> None:
-        super().__init__()
-        self.nearest = config.recent if config.nearest else 0
-        self.lay_beside = nn.Linear(width, width)
-        self.embed = nn.ModuleDict({key: nn.Linear(c, width) for key, c in channels.items()})
-        self.tell = nn.Sequential(nn.Linear(2 * pose_dim + 2 * ages, width), nn.SiLU(), nn.Linear(width, width))
-        self.ages = ages
-        self.nothing = nn.Parameter(torch.zeros(1, width))  # always there: attention needs something to look at
-
-    def forward(
-        self, memories: Memories, patches: Mapping[str, Tensor], seen: Mapping[str, Tensor], place: Mapping[str, Tensor]
-    ) -> MemoryTokens:
-        """n = 1 + m*s tokens for each of l frames.
-
-        Args:
-            patches: key -> "b l m s c", the remembered latents cut up; seen: key -> "b l m".
-            place: key -> "s d", the learned places of a frame's tokens.
-        """
-        rates = 2.0 ** torch.arange(self.ages, device=memories.age.device)
-        angle = torch.log1p(memories.age.clamp(min=0).float())[..., None] * rates / 8
-        way = memories.query[:, :, None] - memories.pose
-        told = self.tell(torch.cat([memories.pose, way, angle.cos(), angle.sin()], dim=-1))
-        tokens = [self.embed[key](x) + place[key] + told[:, :, :, None] for key, x in patches.items()]
-        joined = torch.cat(tokens, dim=3)
-        there = torch.cat(
-            [(memories.valid & seen[key])[..., None].expand(*x.shape[:4]) for key, x in patches.items()], dim=3
-        )
-        nothing = self.nothing.expand(*joined.shape[:2], 1, -1)
-        beside = self.lay_beside(joined[:, :, self.nearest]) * there[:, :, self.nearest, :, None]
-        return MemoryTokens(
-            tokens=torch.cat([nothing, joined.flatten(2, 3)], dim=2),
-            readable=F.pad(there.flatten(2), (1, 0), value=True),
-            beside=beside,
-        )
-
-
-class MemoryReader(nn.Module):
-    """Attention from the tokens of a frame to the tokens of the frames remembered for it; keys are not turned by time."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key_value, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
-
-    def keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values "b l h n d": computed once a frame, whatever the number of solver steps."""
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        k, v = rearrange(self.key_value(tokens), "b l n (two h d) -> two b l h n d", two=2, h=self.heads)
-        return F.rms_norm(k, k.shape[-1:]), v
-
-    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], readable: Tensor) -> Tensor:
-        q = rearrange(self.query(F.layer_norm(x, x.shape[-1:])), "b l s (h d) -> b l h s d", h=self.heads)
-        q = F.rms_norm(q, q.shape[-1:])
-        attended = F.scaled_dot_product_attention(q, *keys, attn_mask=readable[:, :, None, None])
-        return x + self.out(rearrange(attended, "b l h s d -> b l s (h d)"))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from worldline.errors import SpecMismatch
 from worldline.worldmodels.guesses import STEP, Guesses, PoseGuess, ViewGuess
-from worldline.worldmodels.layers import modulate
-from worldline.worldmodels.memory import Memories, MemoryConfig, MemoryEncoder, MemoryTokens
+from worldline.worldmodels.layers import cut, modulate
+from worldline.worldmodels.memory import Memories, MemoryConfig
+from worldline.worldmodels.memory_reading import MemoryEncoder, MemoryTokens
 
 # Of the tokens' learned places at the start. Tokens are of size one: from the usual 0.02 trained models had grown theirs to
 # 0.2, and from 0.5 the same steps give a better dream (docs/log.md).
@@ -116,7 +117,8 @@ class Port(nn.Module):
         embed_action = nn.Sequential(nn.Linear(self.move_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_action = None if experts else embed_action
         self.no_action = nn.Parameter(torch.zeros(width))
-        self.memory = MemoryEncoder(width, channels, pose_dim, memory) if memory.size else None
+        deep = {camera: c for camera, (c, _, _) in body.shapes.items()}
+        self.memory = MemoryEncoder(width, patch, self.keys, deep, pose_dim, memory) if memory.size else None
         self.unembed = nn.ModuleDict({key: nn.Linear(width, c) for key, c in channels.items()})
         self.unembed_pose = nn.Linear(width, pose_dim)
 
@@ -124,6 +126,8 @@ class Port(nn.Module):
         """After the linear layers have theirs. Both ways out start at 0: the untrained network is copy-last-frame."""
         for place in self.place.values():
             nn.init.normal_(place, std=PLACE_STD)
+        if self.memory is not None:
+            self.memory.warp.init_weights()
         last = [self.guess_pose.net[-1]] if self.guess_pose else []
         for linear in [self.unembed_pose, *self.unembed.values(), *last]:
             assert isinstance(linear, nn.Linear)
@@ -180,7 +184,7 @@ class Port(nn.Module):
             inputs = [frames.latents[camera], frames.previous[camera]]
             if guesses.views:
                 inputs.append(guesses.views[camera].detach())  # it learns by its own loss alone
-            tokens = self.embed[key](self._cut(torch.cat(inputs, dim=2))) + self.place[key]
+            tokens = self.embed[key](cut(torch.cat(inputs, dim=2), self.patch)) + self.place[key]
             for seen, unseen in zip((frames.seen, frames.previous_seen), self.unseen[key]):
                 if camera in seen:
                     tokens = tokens + (~seen[camera])[..., None, None] * unseen
@@ -199,9 +203,7 @@ class Port(nn.Module):
     def remember(self, memories: Memories) -> MemoryTokens:
         """Remembered frames as tokens."""
         assert self.memory is not None
-        patches = {self.keys[camera]: self._cut(z) for camera, z in memories.latents.items()}
-        seen = {self.keys[camera]: there for camera, there in memories.seen.items()}
-        return self.memory(memories, patches, seen, dict(self.place.items()))
+        return self.memory(memories, dict(self.place.items()))
 
     def output(
         self, x: Tensor, shift: Tensor, scale: Tensor, frames: FrameBatch, guessed_pose: Tensor | None
@@ -217,7 +219,3 @@ class Port(nn.Module):
             latents[camera] = frames.previous[camera] + change
         base = frames.previous_pose if guessed_pose is None else guessed_pose.detach()
         return latents, base + self.unembed_pose(x[:, :, -1])
-
-    def _cut(self, latents: Tensor) -> Tensor:
-        p = self.patch
-        return rearrange(latents, "... c (h p) (w q) -> ... (h w) (c p q)", p=p, q=p)

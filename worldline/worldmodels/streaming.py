@@ -56,7 +56,9 @@ class Streaming:
             pose=torch.zeros(n, p, device=device),
             motion=torch.zeros(n, 2 * p + port.body.action_dim, device=device),
             text=torch.zeros(n, 0, device=device) if clip.text is None else clip.text,
-            bank=MemoryBank.empty(n, config.memory.capacity, p, frame_content(blank, unseen))
+            bank=MemoryBank.empty(
+                n, config.memory.capacity, p, frame_content(blank, unseen, torch.zeros(n, device=device))
+            )
             if config.memory.size
             else None,
         )
@@ -72,15 +74,15 @@ class Streaming:
     ) -> StreamState:
         """Make a finished frame history: at the history level, unless the cache holds it already, as `written`."""
         before = torch.where(state.frames[:, None] > 0, state.motion[:, : frame.pose.shape[1]], frame.pose)
+        held, at = written, solver_levels(self.config.solver_steps)[-2].item()
+        if held is None:
+            held, at = self._as_history(state, frame, seeds), self.config.history_level
+            self.step(state, held, torch.full((len(state),), at, device=frame.pose.device), action)
         bank = state.bank
         if bank is not None:
             kept = state.frames % self.config.network.memory.every == 0
-            bank = bank.push(frame.pose, state.frames, frame_content(frame.latents, frame.seen), kept)
-        held = written
-        if held is None:
-            held = self._as_history(state, frame, seeds)
-            level = torch.full((len(state),), self.config.history_level, device=frame.pose.device)
-            self.step(state, held, level, action)
+            content = frame_content(held.latents, held.seen, torch.full((len(state),), at, device=frame.pose.device))
+            bank = bank.push(frame.pose, state.frames, content, kept)
         return replace(
             state,
             frames=state.frames + 1,

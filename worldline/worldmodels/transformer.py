@@ -30,7 +30,8 @@ from worldline.worldmodels.adapters import ADAPTERS, ActionAdapter, Conditioning
 from worldline.worldmodels.experts import ActionExperts, Routing
 from worldline.worldmodels.guesses import Guesses
 from worldline.worldmodels.layers import MLP, QKV, LevelEmbedding, modulate, rotary, rotate
-from worldline.worldmodels.memory import Memories, MemoryConfig, MemoryReader
+from worldline.worldmodels.memory import Memories, MemoryConfig
+from worldline.worldmodels.memory_reading import MemoryReader, MemoryTokens
 from worldline.worldmodels.ports import Body, FrameBatch, Port
 
 
@@ -79,6 +80,7 @@ class Prediction:
     pose: Tensor  # "b l p"
     guesses: Guesses  # what it was helped by
     routing: Routing | None  # None without experts
+    remembered: MemoryTokens | None  # None without memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +88,7 @@ class ReadMemory:
     """Remembered frames, ready to be read: made once a frame, whatever the number of solver steps."""
 
     keys: list[tuple[Tensor, Tensor]]  # keys and values for each block that reads memory
-    readable: Tensor  # which of them
-    beside: Tensor  # "b l s d", added to the frame's own camera tokens
+    found: MemoryTokens
 
 
 class Block(nn.Module):
@@ -221,7 +222,7 @@ class SpaceTimeTransformer(nn.Module):
         """Remembered frames as keys and values of the blocks that read them."""
         found = self.port(body).remember(memories)
         keys = [block.memory.keys(found.tokens) for block in self._blocks() if block.memory is not None]
-        return ReadMemory(keys=keys, readable=found.readable, beside=found.beside)
+        return ReadMemory(keys=keys, found=found)
 
     def forward(
         self,
@@ -249,12 +250,12 @@ class SpaceTimeTransformer(nn.Module):
         guesses = guesses.keep(keep)
         memory = None if memories is None else self.read(body, memories)
         if memory is not None:
-            x = _with_last(x, x[:, keep] + F.pad(memory.beside, (0, 0, 0, 1)))  # the pose token has none
+            x = _with_last(x, x[:, keep] + F.pad(memory.found.beside, (0, 0, 0, 1)))  # the pose token has none
         pending = iter([] if memory is None else memory.keys)
 
         def read(y: Tensor, reader: MemoryReader) -> Tensor:
             assert memory is not None
-            return _with_last(y, reader(y[:, keep], next(pending), memory.readable))
+            return _with_last(y, reader(y[:, keep], next(pending), memory.found.readable))
 
         for block in self._blocks():
             x = block(x, condition, lambda y, b: _masked(b, y, turn, mask), views, None if memory is None else read)
@@ -262,7 +263,8 @@ class SpaceTimeTransformer(nn.Module):
         shift, scale = self.final_modulation(condition.vector).chunk(2, dim=-1)
         latents, pose = port.output(x[:, keep], shift, scale, frames, guesses.pose)
         routing = None if routing is None else routing.keep(keep)
-        return Prediction(latents=latents, pose=pose, guesses=guesses, routing=routing)
+        remembered = None if memory is None else memory.found
+        return Prediction(latents=latents, pose=pose, guesses=guesses, routing=routing, remembered=remembered)
 
     def stream(
         self,
@@ -290,12 +292,12 @@ class SpaceTimeTransformer(nn.Module):
         views = port.view_mask(x.device)
         rows = torch.arange(len(x), device=x.device)
         if memory is not None:
-            x = x + F.pad(memory.beside, (0, 0, 0, 1))
+            x = x + F.pad(memory.found.beside, (0, 0, 0, 1))
         pending = iter([] if memory is None else memory.keys)
 
         def read(y: Tensor, reader: MemoryReader) -> Tensor:
             assert memory is not None
-            return reader(y, next(pending), memory.readable)
+            return reader(y, next(pending), memory.found.readable)
 
         for i, block in enumerate(self._blocks()):
 

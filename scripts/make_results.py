@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import result_tables
 import tyro
+from stages import record, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.ranking import Rank, run_rank
-from worldline.commands.recording import Record, run_record
 from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 
@@ -74,20 +74,6 @@ def loop(preset: Any, **changes: Any) -> LoopConfig:
     return replace(preset, **changes)
 
 
-def train(module: Any, config: Any) -> Path:
-    """Run a stage unless it has run to its end."""
-    path, claim = config.out / "config.json", config.out / "training" / "run.json"
-    if path.is_file() and json.loads(path.read_text())["provenance"].get("steps") == config.loop.steps:
-        learned = json.loads(claim.read_text())["config"]["data"]
-        if learned != [str(folder) for folder in config.data]:
-            raise SystemExit(
-                f"{config.out} learned from {learned}, now {list(map(str, config.data))}: use another --out"
-            )
-        return config.out
-    print(f"training {config.out}", flush=True)
-    return module.run(config)
-
-
 def prepare(config: MakeResults, task: str) -> Path:
     """Datasets, tokenizer, probes and policies of one task; returns its folder."""
     home = config.out / task
@@ -100,8 +86,8 @@ def prepare(config: MakeResults, task: str) -> Path:
         ("mistaken", config.mistaken, 4, "mistaken"),
     )
     for name, count, seed, blend in recordings:
-        if count and not (home / name / "meta" / "info.json").is_file():
-            run_record(Record(world=f"metaworld/{task}", out=home / name, episodes=count, seed=seed, policy=blend))
+        if count:
+            record(home / name, f"metaworld/{task}", count, seed=seed, policy=blend)
     tiny = tokenizer.PRESETS["tiny"][1]["loop"]
     if config.shared_tokenizer is None:
         train(
@@ -216,7 +202,7 @@ def evaluate(config: MakeResults, home: Path, seed: int, judge: Judge) -> dict[s
         free = train_world_model(config, home / "wm-action-free", seed, data_of(config, home), actions=False)
     evaluation = Evaluate(
         world_model=judge.model,
-        data=home / "test",
+        data=(home / "test",),
         split="all",
         out=home / f"eval{seed}",
         probe=home / "probe-object",
@@ -233,16 +219,7 @@ def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) 
     data = list(data_of(config, home))
     for name in (*POLICIES, *CORRUPTED):
         data.append(home / "ranked" / name.replace("@", "-").replace(",", "-"))
-        if not (data[-1] / "meta" / "info.json").is_file():
-            run_record(
-                Record(
-                    world=f"metaworld/{task}",
-                    out=data[-1],
-                    episodes=config.ranked_rollouts,
-                    policy=str(home / name),
-                    seed=2,
-                )
-            )
+        record(data[-1], f"metaworld/{task}", config.ranked_rollouts, policy=str(home / name), seed=2)
     judge = Judge(
         model=train_world_model(config, home / f"wm-ranked-seen{seed}", seed, tuple(data)),
         scorer=home / f"scorer{seed}",

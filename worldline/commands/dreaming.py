@@ -1,7 +1,7 @@
 """Verbs `imagine` and `eval`: watch a world model dream held-out episodes, and measure it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from worldline.eval.consistency import by_camera
 from worldline.eval.probes import Probe
 from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
-from worldline.eval.replays import Replays, load_replays
+from worldline.eval.replays import Replays, join_replays, load_replays, range_results, within_range
 from worldline.eval.revisit import revisit_identity
 from worldline.eval.world_model import evaluate_world_model
 from worldline.rl_in_imagination.dream import Dream, rollout
@@ -43,6 +43,8 @@ class Imagine(SamplingFlags):
     """How many frames; the whole episode by default."""
     actions: Literal["true", "negated", "zeroed"] = "true"
     """What the dream is given: the recorded actions, or wrong ones to see that it obeys them."""
+    clip_actions: bool = False
+    """Clip recorded actions that are out of their range, instead of refusing them."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
         raise WorldlineError(f"--episode 0 to {len(dataset) - 1} required by {config.data}, got {config.episode}")
     cameras = [c.name for c in dream.spec.cameras]
     replays = load_replays(dataset, [config.episode], cameras=cameras, frames=config.frames, stride=stride)
+    replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
     sign = {"true": 1.0, "negated": -1.0, "zeroed": 0.0}[config.actions]
     made = rollout(
         dream,
@@ -103,7 +106,8 @@ class Evaluate(SamplingFlags):
     """
 
     world_model: Path
-    data: Path
+    data: tuple[Path, ...]
+    """Dataset folders; the episodes of several are numbered through."""
     out: Path
     """Folder for report.json and report.html."""
     split: Literal["held-out", "train", "all"] = "held-out"
@@ -111,6 +115,7 @@ class Evaluate(SamplingFlags):
     """Frames of each rollout, the given one included; the shortest episode by default. Shorter episodes are left out.
     106 or more measure drift at frame 100 in full."""
     max_episodes: int | None = None
+    """The first so many of each dataset."""
     action_free: Path | None = None
     """A world model trained with --model.network.actions False: the second trivial predictor."""
     probe: Path | None = None
@@ -128,6 +133,8 @@ class Evaluate(SamplingFlags):
     it saw long ago?"""
     away: int = 34
     """Frames that it must have been out of sight (with --identity-probe)."""
+    clip_actions: bool = False
+    """Clip recorded actions that are out of their range, instead of refusing them. They are counted in the report."""
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
@@ -141,17 +148,16 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     """Evaluate, write the report, return its folder."""
     check_report_folder(config.out)
     dream = load_dream(config.world_model, config.sampling())
-    dataset, stride = open_for(dream, config.data)
-    cameras = [c.name for c in dream.spec.cameras]
-    episodes = dataset.split(config.split)[: config.max_episodes]
-    replays = load_replays(dataset, episodes, cameras=cameras, frames=config.frames, stride=stride)
+    replays, datasets, left_out = _open_replays(config, dream)
+    ranges = range_results(replays.actions, dream.spec.action)
+    replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
     judges = _load_judges(config, dream.spec)
     found = evaluate_world_model(
         dream,
         replays,
         action_free=judges.action_free,
         probe=judges.probe,
-        probe_truth=_probe_truth(judges.probe, replays, dataset) if judges.probe else None,
+        probe_truth=_probe_truth(judges.probe, replays, datasets[0]) if judges.probe else None,
         inverse_model=judges.inverse_model,
         pose_probes=judges.pose_probes,
         i3d=config.i3d,
@@ -159,7 +165,7 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         batch=config.batch,
         progress=progress,
     )
-    results = {"protocol": _protocol(config, dream, replays), **found.results}
+    results = {"protocol": _protocol(config, dream, replays), "actions_out_of_range": ranges, **found.results}
     diagnostic = None
     if judges.scorer is not None and replays.frame_success is not None:
         options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}
@@ -175,20 +181,41 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         command=command_line("eval", config),
         provenance={
             "world_model": str(config.world_model),
-            "data": str(config.data),
-            "data_fingerprint": dataset.fingerprint,
+            "data": " ".join(map(str, config.data)),
+            "data_fingerprint": "+".join(dataset.fingerprint for dataset in datasets),
             "tokenizer": dream.tokenizer.latent_spec.fingerprint,
         },
     )
     if judges.scorer is not None and diagnostic is None:
-        report.warning(f"{config.data} holds no success labels: the replay diagnostic was not run.")
-    if left_out := len(episodes) - len(replays.episodes):
-        report.warning(f"{left_out} of {len(episodes)} episodes are shorter than --frames {config.frames}: left out.")
+        report.warning(f"{' '.join(map(str, config.data))} holds no success labels: the replay diagnostic was not run.")
+    if left_out:
+        report.warning(
+            f"{left_out} of {left_out + len(replays.episodes)} episodes are shorter than --frames {config.frames}: left out."
+        )
+    if ranges["outside"]:
+        report.warning(f"{ranges['outside']} of {ranges['values']} action values were out of range and are clipped.")
     if config.i3d is not None and results["fvd"]["reason"]:
         report.warning(f"FVD: {results['fvd']['reason']}")
     evaluation_page(report, found, results, diagnostic, config.videos, dream.spec.fps)
     report.write(config.out, results)
     return config.out
+
+
+def _open_replays(config: Evaluate, dream: Dream) -> tuple[Replays, list[LeRobotDataset], int]:
+    """The episodes of all datasets, numbered through and cut to the shortest, and how many were too short."""
+    if not config.data:
+        raise WorldlineError("at least one dataset folder is required after --data, got none")
+    cameras = [c.name for c in dream.spec.cameras]
+    parts, datasets, left_out, before = [], [], 0, 0
+    for folder in config.data:
+        dataset, stride = open_for(dream, folder)
+        episodes = dataset.split(config.split)[: config.max_episodes]
+        part = load_replays(dataset, episodes, cameras=cameras, frames=config.frames, stride=stride)
+        left_out += len(episodes) - len(part.episodes)
+        parts.append(replace(part, episodes=tuple(before + i for i in part.episodes)))
+        datasets.append(dataset)
+        before += len(dataset)
+    return parts[0] if len(parts) == 1 else join_replays(parts), datasets, left_out
 
 
 def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from worldline.eval.ranking import (
     summarize_ranking,
     tokenizer_table,
 )
-from worldline.eval.replays import Replays, join_replays, load_replays
+from worldline.eval.replays import Replays, join_replays, load_replays, range_results
 from worldline.executor import index_observation
 from worldline.policies import ThroughTokenizer, load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout
@@ -168,6 +168,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
         )
         results = _results(config, ranked, diagnostic, threshold, frames) | {
             "independence": warnings,
+            "actions_out_of_range": _ranges(config, dream, imagined),
             "through_tokenizer": None,
             "own_actions": None,
         }
@@ -269,6 +270,12 @@ def _imagine(
         key = ["imagined with actions", judges.identity, identity_of(name, policy), frames, fingerprint_of(starts)]
         found.append(judges.kept(key, imagine))
     return found
+
+
+def _ranges(config: Rank, dream: Dream, imagined: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Of the actions that policies asked for in imagination, how many the dream clipped, as a simulator would."""
+    counted = [range_results(made["actions"], dream.spec.action) for made in imagined]
+    return [{"policy": name, **found} for name, found in zip(labels(config.policies), counted)]
 
 
 def _own_actions(config: Rank, truth: Truth, imagined: list[dict[str, Tensor]], progress: bool) -> Tensor:

@@ -1,15 +1,16 @@
 """Real episodes as a world model sees them: strided frames and whole action blocks, to be imagined again and compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from worldline.data import LeRobotDataset
 from worldline.errors import DatasetError
-from worldline.types import Observation
+from worldline.types import ActionSpec, Observation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,40 @@ def join_replays(parts: Sequence[Replays]) -> Replays:
         states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
         causes=tuple(cause for part in parts for cause in part.causes),
     )
+
+
+def outside_range(actions: Float[Tensor, "*rows a"], spec: ActionSpec) -> Bool[Tensor, "*rows a"]:
+    """Which values lie outside their dimension's range by more than a ten-thousandth of it."""
+    low, high = torch.tensor(spec.low), torch.tensor(spec.high)
+    slack = 1e-4 * (high - low)
+    return (actions < low - slack) | (actions > high + slack)
+
+
+def range_results(actions: Float[Tensor, "n t k a"], spec: ActionSpec) -> dict[str, Any]:
+    """How many action values are out of range, and of which dimensions: what reports say of it."""
+    outside = outside_range(actions, spec)
+    by_name = dict(zip(spec.names, outside.flatten(0, -2).sum(0).tolist(), strict=True))
+    return {"values": outside.numel(), "outside": int(outside.sum()), "by_dimension": by_name}
+
+
+def within_range(replays: Replays, spec: ActionSpec, *, clip: bool) -> Replays:
+    """Replays whose actions are in range: as they are, or with `clip` clipped as an environment would.
+
+    Raises `DatasetError` naming the first action that is not, unless `clip`.
+    """
+    outside = outside_range(replays.actions, spec)
+    if clip:
+        clipped = replays.actions.clamp(torch.tensor(spec.low), torch.tensor(spec.high))
+        return replace(replays, actions=clipped)
+    if outside.any():
+        row, block, step, dim = outside.nonzero()[0].tolist()
+        raise DatasetError(
+            f"actions within their range required: {spec.names[dim]} from {spec.low[dim]:g} to {spec.high[dim]:g}, got "
+            f"{float(replays.actions[row, block, step, dim]):g} in episode {replays.episodes[row]}, block {block} "
+            f"({int(outside.sum())} of {outside.numel()} values are out of range). Give --clip-actions to clip them as an "
+            "environment would, or mend the dataset or its declared range."
+        )
+    return replays
 
 
 def _strided_any(label: Tensor, stride: int) -> Tensor:

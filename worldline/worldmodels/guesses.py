@@ -74,6 +74,15 @@ class PoseGuess(nn.Module):
         moved = STEP * self.net(torch.cat([pose, change / STEP, before, action], dim=-1))
         return pose + moved * has_action[..., None]
 
+    def follow(self, first: Tensor, actions: Tensor) -> Tensor:
+        """The poses "b t p" that blocks "b t k*a" lead to from the pose `first` "b p" at rest, each from the guess before it."""
+        motion, told, poses = motion_of(first, first, torch.zeros_like(actions[:, 0])), actions.new_ones(()), []
+        for action in actions.unbind(1):
+            last = motion[:, : self.pose_dim]
+            poses.append(self(motion, action, told))
+            motion = motion_of(poses[-1], last, action)
+        return torch.stack(poses, 1)
+
 
 def motion_of(pose: Tensor, before: Tensor, action: Tensor) -> Tensor:
     """ "... p + p + k*a": a pose without noise, its change since the pose `before` it, and the block that led to it.

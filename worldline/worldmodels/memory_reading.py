@@ -1,8 +1,9 @@
-"""Remembered frames as the network reads them: tokens for attention, and the nearest one moved to where it is wanted.
+"""Remembered frames as the network reads them: tokens for attention, and the nearest ones moved to where they are wanted.
 
-Attention reads them without rotary turns, told how old and how noisy each is and the way from its pose to the coming one. The frame nearest by
-pose is also laid beside the frame that is imagined, place by place, once a `Warp` has moved it as the two poses say. The warp has
-a loss of its own, to be like the true frame: so copying what was seen need not wait until attention has learned to (docs/log.md).
+Attention reads them without rotary turns, told how old and how noisy each is and the way from its pose to the coming one. The frames
+nearest by pose are also laid beside the frame that is imagined, place by place, once a `Warp` has moved them as the poses say. The
+warp learns from frames that follow each other (`Warp.error`): so copying what was seen need not wait until attention has
+learned to (docs/log.md).
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ class MemoryTokens:
 
     tokens: Tensor  # "b l n d": to be attended to
     readable: Tensor  # "b l n" bool
-    beside: Tensor  # "b l s d": of the one frame nearest by pose, for the frame's own tokens at the same places
-    moved: Mapping[str, Tensor]  # camera -> "b l c h w": that frame, moved
-    held: Mapping[str, Tensor]  # camera -> "b l" bool: whether there is one; `moved` is zeros where not
+    beside: Tensor  # "b l s d": of the frames nearest by pose, moved: for the frame's own tokens at the same places
+    moved: Mapping[str, Tensor]  # camera -> "b l c h w": what is laid beside
+    sight: Mapping[str, Tensor]  # camera -> "b l 1 h w" in [0, 1]: how much of a place it tells of
 
 
 class Warp(nn.Module):
@@ -48,16 +49,41 @@ class Warp(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, pictures: Mapping[str, Tensor], pose: Tensor, way: Tensor) -> dict[str, Tensor]:
-        """camera -> "b l c h w" from the same; what comes from outside the picture is zero. `pose`, `way`: "b l p"."""
-        change = self.net(torch.cat([pose, way], dim=-1)).unflatten(-1, (len(pictures), 2, 3)).flatten(0, 1)
+    def forward(self, pictures: Mapping[str, Tensor], pose: Tensor, way: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """camera -> moved latents "... c h w" and how much of each place comes from inside the picture, "... 1 h w" in [0, 1].
+
+        `pictures`: the latents; `pose`: of them; `way`: from there to the pose that is wanted, "... p".
+        """
+        change = self.net(torch.cat([pose, way], dim=-1)).unflatten(-1, (len(pictures), 2, 3)).flatten(0, -4).float()
         still = torch.eye(2, 3, device=change.device)
         moved = {}
         for i, (camera, z) in enumerate(pictures.items()):
-            flat = z.flatten(0, 1).float()
-            grid = F.affine_grid(change[:, i].float() + still, list(flat.shape), align_corners=False)
-            moved[camera] = F.grid_sample(flat, grid, align_corners=False).unflatten(0, z.shape[:2])
+            flat = F.pad(z.float().flatten(0, -4), (0, 0, 0, 0, 0, 1), value=1.0)
+            grid = F.affine_grid(change[:, i] + still, list(flat.shape), align_corners=False)
+            found = F.grid_sample(flat, grid, align_corners=False).unflatten(0, z.shape[:-3])
+            moved[camera] = found[..., :-1, :, :], found[..., -1:, :, :]
         return moved
+
+    def error(
+        self, frames: Mapping[str, Tensor], poses: Tensor, there: Mapping[str, Tensor], apart: int
+    ) -> dict[str, Tensor]:
+        """camera -> mean squared error of each frame moved to the pose `apart` frames later, against the frame there, in sight.
+
+        Frames that follow each other overlap, and what a warp learns of short ways holds for long ones. From frames that
+        were remembered it does not learn: from far off, every place looks as wrong as the next.
+
+        Args:
+            frames: camera -> "b e c h w"; poses: "b e p"; there: camera -> "b e" bool, which frames hold the camera.
+        """
+        early, late = slice(None, -apart), slice(apart, None)
+        pictures = {camera: z[:, early] for camera, z in frames.items()}
+        errors = {}
+        for camera, (moved, sight) in self(pictures, poses[:, early], poses[:, late] - poses[:, early]).items():
+            both = there[camera][:, early] & there[camera][:, late]
+            weight = sight * both[..., None, None, None]
+            missed = (moved - frames[camera][:, late]).square().mean(2, keepdim=True)
+            errors[camera] = (missed * weight).sum() / weight.sum().clamp(min=1.0)
+        return errors
 
 
 class MemoryEncoder(nn.Module):
@@ -79,7 +105,9 @@ class MemoryEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.keys, self.patch, self.ages = dict(keys), patch, ages
-        self.nearest = config.start + config.recent if config.nearest else 0  # without `nearest`: the first one shown
+        self.first = (
+            config.start + config.recent if config.nearest else 0
+        )  # of those laid beside; without `nearest` all are
         self.warp = Warp(pose_dim, len(channels))
         area = patch * patch
         self.embed = nn.ModuleDict({keys[camera]: nn.Linear(c * area, width) for camera, c in channels.items()})
@@ -103,30 +131,38 @@ class MemoryEncoder(nn.Module):
             tokens.append(x.flatten(2, 3))
             readable.append(there[camera].repeat_interleave(x.shape[3], dim=2))
         nothing = self.nothing.expand(*memories.query.shape[:2], 1, -1)
-        held = {camera: seen[:, :, self.nearest] for camera, seen in there.items()}
-        beside, moved = self._beside(memories, held, told)
+        moved, sight = self._mosaic(memories, there)
+        beside = []
+        for camera, key in self.keys.items():
+            patches = cut(torch.cat([moved[camera], sight[camera]], dim=2).detach(), self.patch)
+            any_there = there[camera][:, :, self.first :].any(2)[..., None, None]
+            beside.append((self.lay_beside[key](patches) + told[:, :, self.first, None]) * any_there)
         return MemoryTokens(
             tokens=torch.cat([nothing, *tokens], dim=2),
             readable=F.pad(torch.cat(readable, dim=2), (1, 0), value=True),
-            beside=beside,
+            beside=torch.cat(beside, dim=2),
             moved=moved,
-            held=held,
+            sight=sight,
         )
 
-    def _beside(self, memories: Memories, held: Mapping[str, Tensor], told: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens "b l s d" of the nearest frame, moved, and that frame."""
-        i = self.nearest
-        pictures = {camera: memories.latents[camera][:, :, i] for camera in self.keys}
-        marked = {
-            camera: F.pad(z, (0, 0, 0, 0, 0, 1), value=1.0) * held[camera][..., None, None, None]
-            for camera, z in pictures.items()
-        }
-        moved = self.warp(marked, memories.pose[:, :, i], memories.query - memories.pose[:, :, i])
-        tokens = []
-        for camera, key in self.keys.items():
-            x = self.lay_beside[key](cut(moved[camera].detach(), self.patch)) + told[:, :, i, None]
-            tokens.append(x * held[camera][..., None, None])
-        return torch.cat(tokens, dim=2), {camera: z[:, :, :-1] for camera, z in moved.items()}
+    def _mosaic(self, memories: Memories, there: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """camera -> what the frames laid beside show of the coming one, "b l c h w", and where they tell of it, "b l 1 h w".
+
+        Each is moved; where the nearest one shows nothing the next one fills in.
+        """
+        pictures = {camera: memories.latents[camera][:, :, self.first :] for camera in self.keys}
+        poses = memories.pose[:, :, self.first :]
+        moved, sights = {}, {}
+        for camera, (pieces, sight) in self.warp(pictures, poses, memories.query[:, :, None] - poses).items():
+            sight = sight * there[camera][:, :, self.first :, None, None, None]
+            picture, covered = torch.zeros_like(pieces[:, :, 0]), torch.zeros_like(sight[:, :, 0])
+            for i in range(pieces.shape[2]):
+                share = (1 - covered) * sight[:, :, i]
+                # what comes from the rim is mixed with zeros as far as it is out of sight
+                picture = picture + share * pieces[:, :, i] / sight[:, :, i].clamp(min=0.1)
+                covered = covered + share
+            moved[camera], sights[camera] = picture, covered
+        return moved, sights
 
 
 class MemoryReader(nn.Module):

@@ -69,7 +69,9 @@ class Training:
             generator=generator,
         )
         made = self.predict(clip, whole, batch, seen, generator)
-        return self._errors(clip, own, made, target_level, told)
+        loss, metrics = self._errors(clip, own, made, target_level, told)
+        warped = self._warp_errors(clip, whole, generator)
+        return loss + _mean(warped), metrics | {f"warp_error/{c}": e.detach() for c, e in warped.items()}
 
     def predict(
         self,
@@ -135,26 +137,26 @@ class Training:
                 return missed
             return missed * clip.present[camera].to(missed.device)[:, None]
 
-        def mean(errors: Mapping[str, Tensor]) -> Tensor:
-            """Over cameras, of what each of them misses."""
-            return sum(errors.values(), torch.zeros((), device=poses.device)) / max(1, len(errors))
-
         per_camera = {c: error(made.latents[c], c) for c in frames}
         pose_error = (made.pose - poses[:, 1:]).square().mean(2) if poses.shape[2] else torch.zeros_like(weight)
-        loss = mean({c: (weight * e).mean() for c, e in per_camera.items()})
+        loss = _mean({c: (weight * e).mean() for c, e in per_camera.items()})
         loss = loss + config.pose_weight * (weight * pose_error).mean()
         guesses = {c: error(z, c).mean() for c, z in made.guesses.views.items()}
-        loss = loss + mean(guesses)
+        loss = loss + _mean(guesses)
         if made.guesses.pose is not None:
-            # contacts move an arm as it cannot foresee: they must not rule what it learns
-            miss = F.smooth_l1_loss(made.guesses.pose / STEP, poses[:, 1:] / STEP, beta=0.2, reduction="none").mean(2)
+            miss = _pose_miss(made.guesses.pose, poses[:, 1:])
             guesses["pose"] = miss.mean() if told is None else _mean_where(miss, told, empty=0.0)
             loss = loss + guesses["pose"]
+            if config.own_history:  # and from its own guesses: errors that add up frame by frame are small in any one
+                guess_pose = self.network.port(self.body).guess_pose
+                assert guess_pose is not None
+                guesses["followed pose"] = _pose_miss(guess_pose.follow(poses[:, 0], own.actions), poses[:, 1:]).mean()
+                loss = loss + guesses["followed pose"]
         metrics = {f"guess_error/{c}": e.detach() for c, e in guesses.items()}
         if (found := made.remembered) is not None:
-            moved = {c: _mean_where(error(z, c), found.held[c], empty=0.0) for c, z in found.moved.items()}
-            loss = loss + mean(moved)
-            metrics |= {f"memory_error/{c}": e.detach() for c, e in moved.items()}
+            for c, z in found.moved.items():  # how near memory comes by itself
+                missed = (z - frames[c][:, 1:]).square().mean(2, keepdim=True)
+                metrics[f"memory_error/{c}"] = _mean_where(missed, found.sight[c]).detach()
         if made.routing is not None:
             metrics["routing_entropy"] = made.routing.entropy().detach()
             if (balance := self._balance(made.routing)) is not None:
@@ -163,6 +165,23 @@ class Training:
         pure = target_level == 1
         metrics |= {f"one_step_error/{c}": _mean_where(e, pure).detach() for c, e in per_camera.items()}
         return loss, metrics | {"one_step_error/pose": _mean_where(pose_error, pure).detach()}
+
+    def _warp_errors(self, clip: Clip, whole: NetworkClip, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """What the memory's warp gets wrong, by camera, over all frames there are, one or two frames apart."""
+        encoder = self.network.port(self.body).memory
+        if encoder is None:
+            return {}
+        there = self.there(clip, whole)
+        apart = int(torch.randint(1, 3, (), generator=generator)) if whole.poses.shape[1] > 2 else 1
+        return encoder.warp.error(whole.frames, whole.poses, there, apart)
+
+    def there(self, clip: Clip, whole: NetworkClip) -> dict[str, Tensor]:
+        """camera -> "b e" bool, which frames of the clip and its lead exist and hold the camera."""
+        b, e = whole.poses.shape[:2]
+        led = torch.full((b,), clip.lead) if clip.led is None else clip.led.cpu()
+        exists = torch.arange(e) >= clip.lead - led[:, None]
+        held = {c: exists & clip.present[c].cpu()[:, None] if c in clip.present else exists for c in whole.frames}
+        return {c: there.to(whole.poses.device) for c, there in held.items()}
 
     def _balance(self, routing: Routing) -> Tensor | None:
         """The loss that keeps experts in use, where a router is learned."""
@@ -221,7 +240,18 @@ class Training:
         )
 
 
+def _pose_miss(guessed: Tensor, true: Tensor) -> Tensor:
+    """ "b t". Contacts move an arm as it cannot foresee: they must not rule what it learns."""
+    return F.smooth_l1_loss(guessed / STEP, true / STEP, beta=0.2, reduction="none").mean(2)
+
+
+def _mean(errors: Mapping[str, Tensor]) -> Tensor:
+    """Over cameras, of what each of them misses."""
+    return torch.stack(list(errors.values())).mean() if errors else torch.zeros(())
+
+
 def _mean_where(values: Tensor, mask: Tensor, *, empty: float = float("nan")) -> Tensor:
-    """Mean over the mask, `empty` where that is empty: a small batch may hold no such target. The log leaves out NaN."""
-    mean = (values * mask).sum() / mask.sum().clamp(min=1)
-    return torch.where(mask.any(), mean, empty)
+    """Mean over the mask (or by these weights), `empty` where that is empty: a small batch may hold no such target. The log leaves
+    out NaN."""
+    weight = mask.sum()
+    return torch.where(weight > 0, (values * mask).sum() / weight.clamp(min=1e-6), empty)

@@ -1,0 +1,68 @@
+"""Steps that the table-making scripts share: record once, train once, count what a training step costs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_train import gflop
+
+from worldline.commands.recording import Record, run_record
+from worldline.data import LeRobotDataset, RobustNormalizer, strided
+from worldline.tokenizers import load_tokenizer
+from worldline.trainers.world_model import TrainWorldModel
+from worldline.types import Clip
+from worldline.worldmodels import AutoregressiveWorldModel
+
+
+def record(out: Path, world: str, episodes: int, **options: Any) -> Path:
+    """Record a dataset unless it is there."""
+    if not (out / "meta" / "info.json").is_file():
+        print(f"recording {out}", flush=True)
+        run_record(Record(world=world, out=out, episodes=episodes, **options))
+    return out
+
+
+def train(module: Any, config: Any) -> Path:
+    """Run a stage unless it has run to its end."""
+    path, claim = config.out / "config.json", config.out / "training" / "run.json"
+    if path.is_file() and json.loads(path.read_text())["provenance"].get("steps") == config.loop.steps:
+        learned = json.loads(claim.read_text())["config"]["data"]
+        if learned != [str(folder) for folder in config.data]:
+            raise SystemExit(
+                f"{config.out} learned from {learned}, now {list(map(str, config.data))}: use another --out"
+            )
+        return config.out
+    print(f"training {config.out}", flush=True)
+    return module.run(config)
+
+
+def training_gflop(config: TrainWorldModel, *, lead: int = 60, draws: int = 8) -> float:
+    """Arithmetic of one training step (forward and backward), in GFLOP, on average over what a step draws by chance.
+
+    Counted on random clips of the data's shapes; `lead` frames stand before a clip where there is a memory.
+    """
+    tokenizer, dataset = load_tokenizer(config.tokenizer), LeRobotDataset(config.data[0])
+    spec = replace(strided(dataset.spec, config.stride), latent=tokenizer.latent_spec)
+    p, low, high = len(spec.pose_names), spec.action.low, spec.action.high
+    model = AutoregressiveWorldModel(
+        config.model,
+        spec,
+        action_normalizer=RobustNormalizer(low=low, high=high),
+        pose_normalizer=RobustNormalizer(low=(0.0,) * p, high=(1.0,) * p),
+    )
+    lead = lead if config.model.network.memory.size else 0
+    b, t = config.loop.batch_size, config.frames + lead
+    clip = Clip(
+        frames={c: torch.randn(b, t, *shape) for c, shape in tokenizer.latent_spec.shapes.items()},
+        actions=torch.rand(b, t - 1, spec.control_steps, spec.action.dim),
+        poses=torch.rand(b, t, p),
+        instruction=("",) * b,
+        lead=lead,
+    )
+    steps = [
+        gflop(lambda seed=seed: model.loss(clip, torch.Generator().manual_seed(seed))[0].backward())
+        for seed in range(draws)
+    ]
+    return sum(steps) / draws

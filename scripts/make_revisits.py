@@ -19,8 +19,12 @@ import tyro
 from result_tables import row, table
 from stages import record, train
 
-from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.dreaming import open_for
+from worldline.commands.sampling import load_dream
 from worldline.eval.intervals import bootstrap_distribution
+from worldline.eval.probes import Probe
+from worldline.eval.replays import load_replays
+from worldline.eval.revisit import revisit_identity
 from worldline.trainers import probe, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 from worldline.worldmodels.memory import MemoryConfig
@@ -75,7 +79,7 @@ def prepare(config: MakeRevisits) -> None:
 
 
 def evaluate(config: MakeRevisits, arm: str, seed: int) -> dict[str, Any]:
-    """Train one world model and judge its revisits; the results of its report."""
+    """Train one world model and judge its revisits."""
     home, preset = config.out, world_model.PRESETS["tiny"][1]
     model = replace(preset["model"], network=replace(preset["model"].network, memory=MEMORIES[arm]))
     loop = replace(preset["loop"], steps=int(4000 * config.budget), seed=seed)
@@ -85,24 +89,19 @@ def evaluate(config: MakeRevisits, arm: str, seed: int) -> dict[str, Any]:
             data=(home / "data",), tokenizer=home / "tok", out=home / f"{arm}{seed}", model=model, loop=loop
         ),
     )
-    report = home / f"eval-{arm}{seed}"
-    if not (report / "report.json").is_file():
-        run_eval(
-            Evaluate(
-                world_model=folder,
-                data=(home / "test",),
-                split="all",
-                out=report,
-                identity_probe=home / "probe",
-                away=config.away,
-            )
-        )
-    return json.loads((report / "report.json").read_text())["results"]
+    kept = home / f"revisits-{arm}{seed}.json"
+    if not kept.is_file():
+        dream = load_dream(folder)
+        dataset, stride = open_for(dream, home / "test")
+        replays = load_replays(dataset, range(len(dataset)), cameras=("wrist",), frames=None, stride=stride)
+        judge = Probe.from_pretrained(home / "probe")
+        kept.write_text(json.dumps(revisit_identity(dream, replays, judge, away=config.away, progress=True)))
+    return json.loads(kept.read_text())
 
 
 def right(found: dict[str, Any], seen: str, what: str) -> np.ndarray:
     """One number an episode: 1 where the probe read what lies there."""
-    rows = [r["right"][seen] for r in found["revisit"]["by_episode"]]
+    rows = [r["right"][seen] for r in found["by_episode"]]
     return np.array([all(r.values()) if what == "both" else r[what] for r in rows], dtype=float)
 
 
@@ -121,9 +120,9 @@ def tables(found: dict[tuple[str, int], dict[str, Any]]) -> str:
 
     rows = []
     for (arm, seed), results in found.items():
-        rates = [share(results["revisit"][seen][what]) for seen in SEEN for what in WHAT]
+        rates = [share(results[seen][what]) for seen in SEEN for what in WHAT]
         rows.append(row(f"{arm}, {seed}", *rates))
-    first = next(iter(found.values()))["revisit"]
+    first = next(iter(found.values()))
     for seen in ("reconstructed", "real"):
         rows.append(row(f"{seen} frames", *(share(first[seen][what]) for what in WHAT), "", "", ""))
     head = "| frames shown, seed |" + "".join(

@@ -91,9 +91,10 @@ def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, fr
     expected, expected_pose = full_pass(model, clip)
     units = model.network_units(clip)
     poses, actions = units.poses, units.actions
-    state = model.observe(
-        replace(clip, frames={"top": clip.frames["top"][:, :1]}, poses=clip.poses[:, :1], actions=clip.actions[:, :0])
+    first = replace(
+        clip, frames={"top": clip.frames["top"][:, :1]}, poses=clip.poses[:, :1], actions=clip.actions[:, :0]
     )
+    state = model.streaming.write(model.observe(first))
     for i in range(1, frames):
         latents = {"top": units.frames["top"][:, i]}
         out, pose = model.streaming.step(state, frame_of(latents, poses[:, i]), torch.zeros(2), actions[:, i - 1])
@@ -101,7 +102,7 @@ def test_streaming_equals_the_full_pass_below_at_and_beyond_the_window(model, fr
         assert torch.allclose(pose, expected_pose[:, i], atol=1e-4)
         motion = motion_of(poses[:, i], poses[:, i - 1], actions[:, i - 1])
         state = replace(state, frames=state.frames + 1, latents=latents, pose=poses[:, i], motion=motion)
-    observed = model.observe(clip)
+    observed = model.streaming.write(model.observe(clip))
     assert torch.allclose(observed.cache, state.cache, atol=1e-4)
     assert observed.cache.shape[-2] == 4  # memory does not grow with the stream
 

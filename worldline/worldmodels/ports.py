@@ -69,6 +69,17 @@ class FrameBatch:
 
         return replace(self, **{f.name: cut(f.name) for f in fields(self) if f.name != "text"})
 
+    def then(self, other: "FrameBatch") -> "FrameBatch":
+        """These frames and then those of `other`, of the same rows. `time` must be given by row."""
+
+        def join(name: str) -> object:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Mapping):
+                return {camera: torch.cat([z, theirs[camera]], dim=1) for camera, z in mine.items()}
+            return torch.cat([mine, theirs], dim=1)
+
+        return replace(self, **{f.name: join(f.name) for f in fields(self) if f.name != "text"})
+
 
 class Port(nn.Module):
     """Tokens in, latents and poses out, for one `Body`.

@@ -10,13 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldline.worldmodels.memory import MemoryBank
+from worldline.worldmodels.ports import FrameBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
     """n rows that may be at different frames (they are reset independently).
 
-    `cache` is a ring: frame i of a row sits at slot i mod window. No part's size depends on how long the dream is.
+    `cache` is a ring: frame i of a row sits at slot i mod window. The last frame may still be `unwritten`: it goes through the
+    network together with the first look at the next one. No part's size depends on how long the dream is.
     """
 
     cache: Float[Tensor, "n depth 2 heads window d"]
@@ -27,6 +29,7 @@ class StreamState:
     motion: Float[Tensor, "n m"]  # of the last frame: its pose without noise, its last change, the block before it
     text: Float[Tensor, "n e"]  # the instruction; e is 0 where the network is not told it
     bank: MemoryBank | None
+    unwritten: FrameBatch | None  # what the network is to be shown of the last frame
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -47,17 +50,21 @@ class StreamState:
 
         def apply(*values: Any) -> Any:
             if values[0] is None:
+                assert all(value is None for value in values), "states of one way of sampling"
                 return None
             if isinstance(values[0], Mapping):
                 return {key: apply(*(value[key] for value in values)) for key in values[0]}
+            if isinstance(values[0], FrameBatch):
+                named = [f.name for f in fields(FrameBatch)]
+                return FrameBatch(**{name: apply(*(getattr(value, name) for value in values)) for name in named})
             return function(*values)
 
         parts = {f.name: apply(*(getattr(state, f.name) for state in (self, *others))) for f in fields(self)}
         return StreamState(**parts)
 
-    def visible(self) -> tuple[Int[Tensor, " n"], Bool[Tensor, "n window"]]:
-        """For the next frame of each row: its slot, and the slots it may attend to once it is written there."""
+    def visible(self, numbers: Int[Tensor, "n l"]) -> tuple[Int[Tensor, "n l"], Bool[Tensor, "n l window"]]:
+        """For the frames of these numbers: their slots, and the slots each may attend to once it is written there."""
         window = self.cache.shape[-2]
-        slot = self.frames % window
-        age = (slot[:, None] - torch.arange(window, device=slot.device)) % window  # 0 = the next frame itself
-        return slot, age <= self.frames[:, None]
+        slot = numbers % window
+        age = (slot[..., None] - torch.arange(window, device=slot.device)) % window  # 0 = the frame itself
+        return slot, age <= numbers[..., None]

@@ -1,8 +1,8 @@
 """Frame by frame through the network with a key-value cache: denoise the next frame, then make it history.
 
 All in the network's units (whitened latents, normalised poses and blocks). A frame costs one pass a solver step (two with
-guidance) and one that writes it to the cache, unless the solver's last step serves as that (`cache_write`); the cost does not
-depend on how many frames there were. Its memories are looked up and encoded once.
+guidance); the first of them takes the frame before along and writes it to the cache, unless the solver's last step has served as
+that (`cache_write`). The cost does not depend on how many frames there were. A frame's memories are looked up and encoded once.
 """
 
 from collections.abc import Mapping
@@ -61,30 +61,42 @@ class Streaming:
             )
             if config.memory.size
             else None,
+            unwritten=None,
         )
 
     def next(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[StreamState, Frame]:
         """Imagine the frame that `action` "n k*a" leads to, and make it history. Writes into the state's cache."""
         frame, asked = self._denoise(state, action, seeds)
+        state = replace(state, unwritten=None)  # it has been written on the way
         written = asked if self.config.cache_write == "last-step" else None
         return self.append(state, frame, action, seeds, written=written), frame
+
+    def write(self, state: StreamState) -> StreamState:
+        """The state with its last frame in the cache, which is written in place."""
+        if state.unwritten is not None:
+            slot, visible = state.visible(state.unwritten.time)
+            self.network.stream(self.body, state.unwritten, state.cache, slot, visible, None, self.config.router)
+        return replace(state, unwritten=None)
 
     def append(
         self, state: StreamState, frame: Frame, action: Tensor, seeds: Tensor, *, written: Frame | None = None
     ) -> StreamState:
         """Make a finished frame history: at the history level, unless the cache holds it already, as `written`."""
+        state = self.write(state)
         before = torch.where(state.frames[:, None] > 0, state.motion[:, : frame.pose.shape[1]], frame.pose)
-        held, at = written, solver_levels(self.config.solver_steps)[-2].item()
+        held, at, unwritten = written, solver_levels(self.config.solver_steps)[-2].item(), None
         if held is None:
             held, at = self._as_history(state, frame, seeds), self.config.history_level
-            self.step(state, held, torch.full((len(state),), at, device=frame.pose.device), action)
+            level = torch.full((len(state),), at, device=frame.pose.device)
+            unwritten = self._batch(state, held, level, action, True)
         bank = state.bank
         if bank is not None:
             kept = state.frames % self.config.network.memory.every == 0
             content = frame_content(held.latents, held.seen, torch.full((len(state),), at, device=frame.pose.device))
             bank = bank.push(frame.pose, state.frames, content, kept)
-        return replace(
+        made = replace(
             state,
+            unwritten=unwritten,
             frames=state.frames + 1,
             latents=held.latents,
             seen=held.seen,
@@ -92,6 +104,8 @@ class Streaming:
             motion=motion_of(frame.pose, before, action),
             bank=bank,
         )
+        # a dream that writes its own last steps leaves nothing unwritten, and its states are alike
+        return self.write(made) if self.config.cache_write == "last-step" else made
 
     def step(
         self,
@@ -103,12 +117,14 @@ class Streaming:
         memory: ReadMemory | None = None,
         told: bool = True,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """One frame at `level` "n" through the network: its clean latents and pose. Its keys and values are written to the
-        state's cache in place. `told`: whether the network is told the action."""
-        slot, visible = state.visible()
+        """One frame at `level` "n" through the network: its clean latents and pose. Its keys and values, and those of the frame
+        before if that is unwritten, are written to the state's cache in place. `told`: whether the network is told the action.
+        """
         batch = self._batch(state, frame, level, action, told)
-        clean, pose = self.network.stream(self.body, batch, state.cache, slot, visible, memory, self.config.router)
-        return {camera: z[:, 0] for camera, z in clean.items()}, pose[:, 0]
+        if state.unwritten is not None:
+            batch = state.unwritten.then(batch)
+        slot, visible = state.visible(batch.time)
+        return self.network.stream(self.body, batch, state.cache, slot, visible, memory, self.config.router)
 
     def read_memory(self, state: StreamState, action: Tensor) -> ReadMemory | None:
         """What is remembered for the next frame, as the network reads it. None without a memory."""
@@ -135,7 +151,9 @@ class Streaming:
             return Frame(latents=dict(zip(state.latents, parts)), pose=parts[-1], seen=seen)
 
         def ask(x: Tensor, level: Tensor, told: bool) -> Tensor:
+            nonlocal state
             clean, pose = self.step(state, unpack(x), level, action, memory=memory, told=told)
+            state = replace(state, unwritten=None)  # written once is enough
             return torch.cat([*(z.flatten(1) for z in clean.values()), pose], dim=1)
 
         def predict(x: Tensor, level: Tensor) -> Tensor:

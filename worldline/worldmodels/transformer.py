@@ -276,13 +276,15 @@ class SpaceTimeTransformer(nn.Module):
         memory: ReadMemory | None,
         router: str = "learned",
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """One frame (l = 1) against cached keys and values, which it overwrites at `slot`, in place.
+        """l frames that follow each other against cached keys and values, which they overwrite at their `slot`, in place.
+
+        Returns the clean latents "n c h w" and pose "n p" of the last one: those before it are written, no more.
 
         Args:
             cache: "n depth 2 (s heads) window d".
-            slot: "n", the ring position of this frame in each row.
-            visible: "n window", which ring positions each row may attend to (its own included).
-            memory: what `read` made of the frames remembered for this one.
+            slot: "n l", the ring position of each frame.
+            visible: "n l window", which ring positions each frame may attend to (its own included).
+            memory: what `read` made of the frames remembered for the last one, which alone reads it.
             router: how experts are chosen, if there are some (`experts`).
         """
         port = self.port(body)
@@ -290,26 +292,33 @@ class SpaceTimeTransformer(nn.Module):
         x, condition, _ = self._begin(body, frames, guesses, router)
         turn = _broadcast_turn(rotary(frames.time, self.config.width // self.config.heads))
         views = port.view_mask(x.device)
-        rows = torch.arange(len(x), device=x.device)
+        rows, last = torch.arange(len(x), device=x.device), slice(x.shape[1] - 1, None)
+        # as numbers to be added: made from booleans, they would be made again in every block
+        hidden = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, float("-inf"))[:, :, None, None]
         if memory is not None:
-            x = x + F.pad(memory.found.beside, (0, 0, 0, 1))
+            x = _with_last(x, x[:, last] + F.pad(memory.found.beside, (0, 0, 0, 1)))
         pending = iter([] if memory is None else memory.keys)
 
         def read(y: Tensor, reader: MemoryReader) -> Tensor:
             assert memory is not None
-            return reader(y, next(pending), memory.found.readable)
+            return _with_last(y, reader(y[:, last], next(pending), memory.found.readable))
 
         for i, block in enumerate(self._blocks()):
 
             def attend(y: Tensor, block: Block, layer: Tensor = cache[:, i]) -> Tensor:
                 q, k, v = block.time_qkv(y, turn)
-                layer[rows, 0, :, slot], layer[rows, 1, :, slot] = k[:, :, 0], v[:, :, 0]
-                attended = F.scaled_dot_product_attention(q, layer[:, 0], layer[:, 1], visible[:, None, None])
-                return block.time_output(attended)
+                attended = []
+                for j in range(q.shape[2]):  # the next one takes the place of the oldest that this one sees
+                    layer[rows, 0, :, slot[:, j]], layer[rows, 1, :, slot[:, j]] = k[:, :, j], v[:, :, j]
+                    one = F.scaled_dot_product_attention(q[:, :, j : j + 1], layer[:, 0], layer[:, 1], hidden[:, j])
+                    attended.append(one)
+                return block.time_output(torch.cat(attended, dim=2) if len(attended) > 1 else attended[0])
 
             x = block(x, condition, attend, views, None if memory is None else read)
+        frames, condition, guesses = frames.keep(last), condition.keep(last), guesses.keep(last)
         shift, scale = self.final_modulation(condition.vector).chunk(2, dim=-1)
-        return port.output(x, shift, scale, frames, guesses.pose)
+        latents, pose = port.output(x[:, last], shift, scale, frames, guesses.pose)
+        return {camera: z[:, 0] for camera, z in latents.items()}, pose[:, 0]
 
 
 def port_key(body: str) -> str:

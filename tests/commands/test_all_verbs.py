@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import av
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.commands.conftest import HORIZON, Lab, Run, record
@@ -93,6 +96,32 @@ def test_eval_prints_its_protocol_and_what_departs_from_it(lab: Lab, worldline: 
     )
 
 
+def test_eval_joins_datasets_and_counts_actions_out_of_range(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    wild, out = tmp_path / "wild", tmp_path / "report"
+    shutil.copytree(lab.data, wild)
+    for file in wild.glob("data/*/*.parquet"):
+        content = pq.read_table(file)
+        actions = content["action"].to_pylist()
+        actions[0][1] = 7.0  # the first row's second value: block 0 of episode 0
+        at, field = content.schema.get_field_index("action"), content.schema.field("action")
+        pq.write_table(content.set_column(at, field, pa.array(actions, type=field.type)), file)
+    both = ["eval", "--world-model", lab.wm, "--data", lab.data, wild, "--split", "all", "--max-episodes", 3]
+    both += ["--frames", 6, "--videos", 0, "--out", out]
+    said = worldline(*both)
+    assert said.code == 2 and "action_1 from -1 to 1, got 7 in episode 20, block 0" in said.err
+    assert "(1 of 120 values are out of range). Give --clip-actions True" in said.err
+    assert worldline(*both, "--clip-actions", True).code == 0
+    found = results(out, videos=False)
+    assert found["episodes"] == 6 and found["actions_out_of_range"] == {
+        "values": 120,
+        "outside": 1,
+        "by_dimension": {"action_0": 0, "action_1": 1},
+    }
+    assert "1 of 120 action values were out of range" in (out / "report.html").read_text()
+    film = ["imagine", "--world-model", lab.wm, "--data", wild, "--episode", 0, "--out", tmp_path / "film.mp4"]
+    assert worldline(*film).code == 2 and worldline(*film, "--clip-actions", True).code == 0
+
+
 @pytest.fixture
 def imagined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Labels of the policies that were rolled out in imagination, in order."""
@@ -119,6 +148,7 @@ def test_rank_from_held_out_frames_and_again_with_one_more(
     assert imagined == ["imagine bc", "imagine other"]
     found = results(out)
     assert {row["policy"] for row in found["policies"]} == {"bc", "other"}
+    assert {row["policy"] for row in found["actions_out_of_range"]} == {"bc", "other"}
     assert found["statistics"] is None and found["truth"] is None and found["replay_diagnostic"]["threshold"] > 0
 
     assert worldline(*common, lab.bc, lab.other).code == 0

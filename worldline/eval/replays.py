@@ -112,7 +112,7 @@ def within_range(replays: Replays, spec: ActionSpec, *, clip: bool) -> Replays:
         raise DatasetError(
             f"actions within their range required: {spec.names[dim]} from {spec.low[dim]:g} to {spec.high[dim]:g}, got "
             f"{float(replays.actions[row, block, step, dim]):g} in episode {replays.episodes[row]}, block {block} "
-            f"({int(outside.sum())} of {outside.numel()} values are out of range). Give --clip-actions to clip them as an "
+            f"({int(outside.sum())} of {outside.numel()} values are out of range). Give --clip-actions True to clip them as an "
             "environment would, or mend the dataset or its declared range."
         )
     return replays

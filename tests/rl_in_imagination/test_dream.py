@@ -126,7 +126,7 @@ def test_a_model_of_several_frames_a_step_is_refused(change: dict) -> None:
 
 def test_a_start_without_a_required_camera_is_refused(dream: Dream) -> None:
     blind = Observation(images={}, pose=torch.zeros(2, 2), instruction=("", ""))
-    with pytest.raises(SpecMismatch, match=r"requires cameras \['top'\], the start lacks \['top'\]"):
+    with pytest.raises(SpecMismatch, match=r"requires cameras \['top'\], the start has \[\]"):
         dream.start(blind, seeds=torch.arange(2))
 
 

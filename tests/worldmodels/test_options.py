@@ -9,7 +9,9 @@ from tests.oracles import SPEC, dot_clip, dot_tokenizer
 from worldline.data.normalization import RobustNormalizer
 from worldline.diffusion import LevelDistribution
 from worldline.errors import CheckpointError, SpecMismatch
-from worldline.types import Clip
+from worldline.rl_in_imagination import Dream
+from worldline.tokenizers import PixelPatches
+from worldline.types import Clip, LatentSpec, Observation
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 from worldline.worldmodels.doubled_pass import doubled_batch
 from worldline.worldmodels.language import HashedText, text_encoder
@@ -21,17 +23,22 @@ TWO_VIEWS = replace(SPEC, cameras=(*SPEC.cameras, replace(SPEC.cameras[0], name=
 MEMORY = MemoryConfig(start=True, recent=1, stride=2, nearest=2, gap=1, capacity=6)
 
 
-def model_of(seed: int = 0, network: dict | None = None, **options) -> AutoregressiveWorldModel:
-    """Random weights everywhere, small where a pose comes from the pose before."""
+def model_of(
+    seed: int = 0, network: dict | None = None, latent: LatentSpec | None = None, **options
+) -> AutoregressiveWorldModel:
+    """Random weights everywhere, small where a pose comes from the pose before. `latent`: of both cameras."""
     torch.manual_seed(seed)
-    latent, clip = dot_tokenizer().latent_spec, dot_clip(64, 4, 5)
-    both = {
-        name: {c.name: getattr(latent, name)["top"] for c in TWO_VIEWS.cameras} for name in ("shapes", "mean", "std")
-    }
+    clip = dot_clip(64, 4, 5)
+    if latent is None:
+        one = dot_tokenizer().latent_spec
+        both = {
+            name: {c.name: getattr(one, name)["top"] for c in TWO_VIEWS.cameras} for name in ("shapes", "mean", "std")
+        }
+        latent = replace(one, **both)
     sizes = {"width": 32, "depth": 2, "heads": 2, "window": 3, "patch": 2, "guess_width": 16}
     model = AutoregressiveWorldModel(
         AutoregressiveConfig(network=TransformerConfig(**sizes | (network or {})), **options),
-        replace(TWO_VIEWS, latent=replace(latent, **both)),
+        replace(TWO_VIEWS, latent=latent),
         action_normalizer=RobustNormalizer.fit(clip.actions),
         pose_normalizer=RobustNormalizer.fit(clip.poses),
     )
@@ -171,6 +178,25 @@ def test_a_missing_camera_is_what_is_not_looked_at_and_its_loss_is_not_counted()
     assert losses[0]["one_step_error/side.b"] == losses[1]["one_step_error/side.b"] == 0
     _, made = model.imagine(model.observe(clip), actions, seeds=torch.tensor([4, 9]))
     assert made.latents["side.b"].shape[1] == 3  # it is imagined all the same
+
+
+def test_a_dream_begins_without_a_camera_if_its_model_has_learned_to_and_is_refused_otherwise():
+    clip, tokenizer = dot_clip(2, 2, 3), PixelPatches(TWO_VIEWS.cameras, size=4)
+    tokenizer.fit_statistics({c.name: clip.frames["top"] for c in TWO_VIEWS.cameras})
+    start = Observation(images={"top": clip.frames["top"][:, 0]}, pose=clip.poses[:, 0], instruction=clip.instruction)
+    blocks, seeds = clip.actions[:, 0], torch.arange(2)
+    able, unable = (
+        Dream(model_of(latent=tokenizer.latent_spec, camera_dropout=share), tokenizer) for share in (0.3, 0.0)
+    )
+    state = able.start(start, seeds=seeds)
+    assert state.observation.images["side.b"].max() == 0  # nobody has seen it yet
+    whole = able.start(
+        replace(start, images=dict(state.observation.images)), seeds=seeds
+    )  # a black picture is another thing
+    unseen, black = (able.step(s, blocks).observation.images["side.b"] for s in (state, whole))
+    assert unseen.float().std() > 0 and not torch.equal(unseen, black)
+    with pytest.raises(SpecMismatch, match=r"cameras \['side.b'\] are missing .* never trained without one"):
+        unable.start(start, seeds=seeds)
 
 
 def test_guidance_leads_away_from_the_dream_without_actions():

@@ -135,6 +135,9 @@ class Evaluate(SamplingFlags):
     """Frames that it must have been out of sight (with --identity-probe)."""
     clip_actions: bool = False
     """Clip recorded actions that are out of their range, instead of refusing them. They are counted in the report."""
+    hidden: tuple[str, ...] = ()
+    """Cameras whose first frame is kept from the dream: it imagines them from the others. Needs a model trained with
+    --model.camera-dropout."""
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
@@ -150,7 +153,7 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     replays, datasets, left_out = _open_replays(config, dream)
     ranges = range_results(replays.actions, dream.spec.action)
-    replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
+    replays = replace(within_range(replays, dream.spec.action, clip=config.clip_actions), hidden=_hidden(config, dream))
     judges = _load_judges(config, dream.spec)
     found = evaluate_world_model(
         dream,
@@ -218,6 +221,16 @@ def _open_replays(config: Evaluate, dream: Dream) -> tuple[Replays, list[LeRobot
     return parts[0] if len(parts) == 1 else join_replays(parts), datasets, left_out
 
 
+def _hidden(config: Evaluate, dream: Dream) -> tuple[str, ...]:
+    """Raises `WorldlineError` for a camera that the world model does not have, or if all are hidden."""
+    cameras = [c.name for c in dream.spec.cameras]
+    if (unknown := set(config.hidden) - set(cameras)) or set(config.hidden) == set(cameras):
+        raise WorldlineError(
+            f"--hidden: some but not all of {', '.join(cameras)} required, got {', '.join(sorted(unknown or cameras))}"
+        )
+    return config.hidden
+
+
 def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any]:
     assert isinstance(dream.world_model, AutoregressiveWorldModel), "what load_dream loads"
     sampling = dream.world_model.config
@@ -227,6 +240,7 @@ def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any
         sampling={f.name: getattr(sampling, f.name) for f in fields(SamplingFlags)},
         seed=config.seed,
         overridden=tuple(config.sampling()),
+        hidden=config.hidden,
     )
 
 

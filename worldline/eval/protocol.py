@@ -41,7 +41,13 @@ PROTOCOL = EvaluationProtocol()
 
 
 def protocol_results(
-    *, frames: int, episodes: int, sampling: Mapping[str, Any], seed: int, overridden: tuple[str, ...] = ()
+    *,
+    frames: int,
+    episodes: int,
+    sampling: Mapping[str, Any],
+    seed: int,
+    overridden: tuple[str, ...] = (),
+    hidden: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The protocol, what this run used of what it leaves open, and where the run departs from it.
 
@@ -49,10 +55,12 @@ def protocol_results(
         frames: of each rollout, the context included.
         sampling: the world model's settings, by name.
         overridden: sampling settings that were not the checkpoint's own.
+        hidden: cameras kept from the dream.
     """
     deviations = [f"{name} is not the checkpoint's own" for name in overridden]
     if seed != PROTOCOL.seed:
         deviations.append(f"seed {seed} instead of {PROTOCOL.seed}")
+    deviations += [f"camera {camera} is hidden from the dream" for camera in hidden]
     if frames - 1 < PROTOCOL.excess_frames[1]:
         deviations.append(f"{frames - 1} imagined frames: drift and late clips ask for {PROTOCOL.excess_frames[1]}")
     used = {

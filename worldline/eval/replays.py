@@ -25,12 +25,13 @@ class Replays:
     frame_success: Tensor | None  # "n t" bool; None if any episode has no labels
     states: Float[Tensor, "n t s"]
     causes: tuple[str, ...]
+    hidden: tuple[str, ...] = ()  # cameras that a dream is not shown, though they are there to compare with
 
     @property
     def first(self) -> Observation:
-        return Observation(
-            images={c: x[:, 0] for c, x in self.frames.items()}, pose=self.poses[:, 0], instruction=self.instruction
-        )
+        """What dreams of these episodes begin with."""
+        shown = {c: x[:, 0] for c, x in self.frames.items() if c not in self.hidden}
+        return Observation(images=shown, pose=self.poses[:, 0], instruction=self.instruction)
 
 
 def load_replays(

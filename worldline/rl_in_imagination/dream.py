@@ -86,16 +86,30 @@ class Dream:
         self.timer = timer or Timer()
 
     def start(self, observation: Observation, *, seeds: Int[Tensor, " n"]) -> DreamState:
-        """Dreams that begin at real observations: one frame is all they are given."""
+        """Dreams that begin at real observations: one frame is all they are given.
+
+        A camera that the start lacks is imagined from the others, by a model that has learned to; until the first imagined frame
+        it is black. Raises `SpecMismatch` if the start has none of the cameras, `observe` if the model needs the missing one.
+        """
         n = len(observation)
-        require = {c.name for c in self.spec.cameras}
-        if missing := require - set(observation.images):
-            raise SpecMismatch(f"the world model requires cameras {sorted(require)}, the start lacks {sorted(missing)}")
+        missing = [c for c in self.spec.cameras if c.name not in observation.images]
+        if len(missing) == len(self.spec.cameras):
+            raise SpecMismatch(
+                f"the world model requires cameras {sorted(c.name for c in missing)}, the start has {sorted(observation.images)}"
+            )
+        black = {c.name: torch.zeros(n, 3, c.height, c.width, dtype=torch.uint8) for c in missing}
+        observation = replace(observation, images={**observation.images, **black})
         with self.timer("tokenizer"):
             frames = {c.name: observation.images[c.name][:, None] for c in self.spec.cameras}
             latents = self.tokenizer.encode(frames)
         empty = torch.zeros(n, 0, self.spec.control_steps, self.spec.action.dim)
-        clip = Clip(frames=latents, actions=empty, poses=observation.pose[:, None], instruction=observation.instruction)
+        clip = Clip(
+            frames=latents,
+            actions=empty,
+            poses=observation.pose[:, None],
+            present={c: torch.zeros(n, dtype=torch.bool) for c in black},
+            instruction=observation.instruction,
+        )
         with self.timer("denoiser"):
             world = self.world_model.observe(clip)
         return DreamState(world=world, observation=observation, seeds=seeds)
@@ -186,7 +200,7 @@ def _rollout(
     state = dream.start(starts, seeds=seeds)
     acting = None if executor is None else executor.reset(len(starts))
     scoring = None if scorer is None else scorer.reset(len(starts))
-    seen, sent, probability, block = [starts], [], [], None
+    seen, sent, probability, block = [state.observation], [], [], None
     for i in range(frames):
         if i:
             if executor is not None:
@@ -205,7 +219,7 @@ def _rollout(
                 scoring, score = scorer.step(scoring, state.observation, block)
             probability.append(score.success)
     none = torch.zeros(len(starts), frames)
-    kept = {c: torch.stack([o.images[c] for o in seen], 1) for c in starts.images} if keep_frames else {}
+    kept = {c: torch.stack([o.images[c] for o in seen], 1) for c in state.observation.images} if keep_frames else {}
     return Rollouts(
         probability=torch.stack(probability, 1) if probability else none,
         poses=torch.stack([o.pose for o in seen], 1),

@@ -145,7 +145,16 @@ class AutoregressiveWorldModel(nn.Module):
 
     @torch.no_grad()
     def observe(self, clip: Clip) -> StreamState:
-        """Stream real frames (raw latents "n t c h w", t >= 1) into a fresh state."""
+        """Stream real frames (raw latents "n t c h w", t >= 1) into a fresh state.
+
+        Raises `SpecMismatch` if a camera is missing (`clip.present`) from a model that was never trained without one.
+        """
+        missing = sorted(camera for camera, there in clip.present.items() if not there.all())
+        if missing and not self.config.camera_dropout:
+            raise SpecMismatch(
+                f"cameras {missing} are missing from what is observed, and this world model was never trained without one "
+                "(camera_dropout=0). Give all of them, or train with --model.camera-dropout 0.2."
+            )
         units = self.network_units(clip)
         n, t = units.poses.shape[:2]
         state = self.streaming.start(units)

@@ -35,8 +35,18 @@ def ranking_page(
         f"episodes succeed (95% interval {_span(best['imagined_interval'])}). Policies that share a letter cannot be told "
         "apart with this many episodes."
     )
-    columns = ["policy", "imagined success", "95% interval", "letters"]
-    cells = [[r["policy"], f"{r['imagined']:.0%}", _span(r["imagined_interval"]), r["letters"]] for r in rows]
+    columns = ["policy", "imagined success", "95% interval", "letters", "actions clipped"]
+    clipped = {r["policy"]: r["outside"] / r["values"] for r in results["actions_out_of_range"]}
+    cells = [
+        [
+            r["policy"],
+            f"{r['imagined']:.0%}",
+            _span(r["imagined_interval"]),
+            r["letters"],
+            f"{clipped[r['policy']]:.1%}",
+        ]
+        for r in rows
+    ]
     if diagnostic is not None and diagnostic.threshold_interval is not None:
         columns.append("by threshold")
         cells = [[*c, _span(r["imagined_by_threshold"])] for c, r in zip(cells, rows)]

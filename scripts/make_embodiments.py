@@ -26,7 +26,8 @@ from worldline.commands.dreaming import open_for
 from worldline.commands.sampling import load_dream
 from worldline.eval.intervals import bootstrap_distribution
 from worldline.eval.replays import Replays, load_replays
-from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.eval.world_model import replay_in_dream
+from worldline.rl_in_imagination.dream import Dream
 from worldline.trainers import tokenizer, world_model, world_models
 from worldline.types import Clip
 from worldline.worldmodels import MultiWorldModel
@@ -116,16 +117,7 @@ def load_test(config: MakeEmbodiments, dream: Dream, robot: str) -> Replays:
 
 def relative_error(dream: Dream, replays: Replays, actions: Tensor | None = None) -> np.ndarray:
     """By episode: squared error of all imagined frames over that of the first frame repeated."""
-    made = rollout(
-        dream,
-        None,
-        None,
-        replays.first,
-        frames=replays.poses.shape[1],
-        seeds=torch.arange(len(replays.poses)),
-        actions=replays.actions if actions is None else actions,
-        keep_frames=True,
-    ).frames
+    made = replay_in_dream(dream, replays, actions=actions).frames
 
     def squared(video: dict[str, Tensor]) -> Tensor:
         parts = [(video[c].float() - x.float()).square().flatten(1).mean(1) for c, x in replays.frames.items()]

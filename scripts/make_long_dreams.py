@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import tyro
 from result_tables import row, table
 from stages import record, train, training_gflop
@@ -33,7 +32,7 @@ from worldline.eval.drift import drift_results
 from worldline.eval.excess import ExcessRatio, excess_ratio, excess_ratio_of_reports
 from worldline.eval.replays import Replays, join_replays, load_replays
 from worldline.eval.video_metrics import compare_videos
-from worldline.rl_in_imagination.dream import rollout
+from worldline.eval.world_model import replay_in_dream
 from worldline.trainers import probe, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 from worldline.trainers.world_model import TrainWorldModel
@@ -241,17 +240,7 @@ def arm_rows(arm: str, seed: int, report: Path, base: Path | None, count: int, p
 def drift_of(folder: Path, replays: Replays, sampling: dict[str, Any]) -> dict[str, Any]:
     """Early and late error on frames in motion, by episode, of one world model under other settings of sampling."""
     dream = load_dream(folder, sampling)
-    made = rollout(
-        dream,
-        None,
-        None,
-        replays.first,
-        frames=replays.poses.shape[1],
-        seeds=torch.arange(len(replays.poses)),
-        actions=replays.actions,
-        keep_frames=True,
-        progress=f"sweep {sampling}",
-    )
+    made = replay_in_dream(dream, replays, progress=f"sweep {sampling}")
     metrics = {
         c: compare_videos(x[:, 1:], made.frames[c][:, 1:], x[:, 0].contiguous()) for c, x in replays.frames.items()
     }

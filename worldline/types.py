@@ -179,7 +179,7 @@ class Clip:
     actions: Float[Tensor, "b t-1 k a"]  # k is frames_per_latent times the control steps where frames are latents
     present: Mapping[str, Bool[Tensor, " b"]] = field(default_factory=dict)  # cameras not named are present everywhere
     instruction: tuple[str, ...] = ()
-    lead: int = 0  # the first so many frames are what came before: for memory, not for a loss
+    lead: int = 0  # the first so many frames are what came before: to be known, not for a loss
     led: Int[Tensor, " b"] | None = None  # how many of those are there, the last ones; the others are zeros
 
 

@@ -20,8 +20,8 @@ from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
 from worldline.eval.replays import Replays, join_replays, load_replays, range_results, within_range
 from worldline.eval.revisit import revisit_identity
-from worldline.eval.world_model import evaluate_world_model
-from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.eval.world_model import evaluate_world_model, replay_in_dream
+from worldline.rl_in_imagination.dream import Dream
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
 from worldline.worldmodels import AutoregressiveWorldModel
@@ -77,15 +77,11 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     replays = load_replays(dataset, [config.episode], cameras=cameras, frames=config.frames, stride=stride)
     replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
     sign = {"true": 1.0, "negated": -1.0, "zeroed": 0.0}[config.actions]
-    made = rollout(
+    made = replay_in_dream(
         dream,
-        None,
-        None,
-        replays.first,
-        frames=replays.poses.shape[1],
-        seeds=torch.tensor([config.seed]),
+        replays,
         actions=replays.actions * sign,
-        keep_frames=True,
+        seeds=torch.tensor([config.seed]),
         progress="imagine" if progress else None,
     )
     label = "imagined" if config.actions == "true" else f"imagined, actions {config.actions}"

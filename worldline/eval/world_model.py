@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from worldline.eval.consistency import multi_view_results, read_dimensions
@@ -22,7 +22,7 @@ from worldline.eval.probes import Probe
 from worldline.eval.protocol import HORIZONS
 from worldline.eval.replays import Replays
 from worldline.eval.video_metrics import Lpips, VideoMetrics, compare_videos, copy_context, lpips_distance, moved_pixels
-from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.rl_in_imagination.dream import Dream, Rollouts, rollout
 from worldline.types import VideoTokenizer
 
 ACTION_VARIANTS = ("true", "shuffled", "negated", "zeroed")
@@ -35,6 +35,30 @@ def action_variants(actions: Float[Tensor, "n t k a"]) -> dict[str, Float[Tensor
     """
     shuffled = actions.roll(1, 0) if len(actions) > 1 else actions.flip(1)
     return {"true": actions, "shuffled": shuffled, "negated": -actions, "zeroed": torch.zeros_like(actions)}
+
+
+def replay_in_dream(
+    dream: Dream,
+    replays: Replays,
+    *,
+    actions: Float[Tensor, "n t k a"] | None = None,
+    seeds: Int[Tensor, " n"] | None = None,
+    batch: int = 32,
+    progress: str | None = None,
+) -> Rollouts:
+    """The episodes imagined from their first frames, frames kept, under their recorded `actions` or others."""
+    return rollout(
+        dream,
+        None,
+        None,
+        replays.first,
+        frames=replays.poses.shape[1],
+        seeds=torch.arange(len(replays.poses)) if seeds is None else seeds,
+        actions=replays.actions if actions is None else actions,
+        keep_frames=True,
+        batch=batch,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,33 +102,13 @@ def evaluate_world_model(
     dreams: dict[str, Mapping[str, Tensor]] = {}
     poses = replays.poses
     for name, actions in variants.items():
-        made = rollout(
-            dream,
-            None,
-            None,
-            replays.first,
-            frames=t,
-            seeds=seeds,
-            actions=actions,
-            keep_frames=True,
-            batch=batch,
-            progress=f"imagine ({name} actions)" if progress else None,
-        )
+        shown = f"imagine ({name} actions)" if progress else None
+        made = replay_in_dream(dream, replays, actions=actions, seeds=seeds, batch=batch, progress=shown)
         dreams[name] = made.frames
         poses = made.poses if name == "true" else poses
     seconds = time.perf_counter() - start
     if action_free is not None:
-        dreams["action-free"] = rollout(
-            action_free,
-            None,
-            None,
-            replays.first,
-            frames=t,
-            seeds=seeds,
-            actions=replays.actions,
-            keep_frames=True,
-            batch=batch,
-        ).frames
+        dreams["action-free"] = replay_in_dream(action_free, replays, seeds=seeds, batch=batch).frames
     dreams["copy-first"] = {
         c: torch.cat([x[:, :1], copy_context(x[:, 0].contiguous(), t - 1)], 1) for c, x in replays.frames.items()
     }

@@ -1,7 +1,7 @@
 """What every training stage does before it trains: open the datasets, choose episodes, claim the output folder."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,16 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
-from worldline.data import FrameStore, LatentCache, LeRobotDataset, RobustNormalizer, collate, strided, with_lead
+from worldline.data import (
+    FrameStore,
+    LatentCache,
+    LeRobotDataset,
+    RobustNormalizer,
+    action_blocks,
+    collate,
+    strided,
+    with_lead,
+)
 from worldline.errors import CheckpointError, DatasetError
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.types import Clip, WorldSpec, require_match
@@ -100,6 +109,16 @@ def fit_normalizers(selections: Sequence[Selection]) -> tuple[RobustNormalizer, 
     episodes = [s.dataset.episode(i) for s in selections for i in s.episodes]
     actions = torch.cat([e.actions.flatten(0, 1) for e in episodes])
     return RobustNormalizer.fit(actions), RobustNormalizer.fit(torch.cat([e.poses for e in episodes]))
+
+
+def strided_numbers(selections: Sequence[Selection], stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Poses "t p" and action blocks "t-1 k a" of every selected episode, at this stride."""
+    for s in selections:
+        for i in s.episodes:
+            episode = s.dataset.episode(i)
+            frames = (len(episode) - 1) // stride + 1
+            poses = episode.poses[::stride][:frames]
+            yield poses, action_blocks(episode.actions, stride, 0, frames)
 
 
 class LatentBatches:

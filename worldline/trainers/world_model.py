@@ -21,6 +21,7 @@ from worldline.trainers.inputs import (
     fit_normalizers,
     load_finished_tokenizer,
     open_datasets,
+    strided_numbers,
 )
 from worldline.trainers.loop import LoopConfig, train
 from worldline.types import Clip, WorldSpec, require_match
@@ -28,7 +29,7 @@ from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel
 
 log = logging.getLogger(__name__)
 
-WHOLE = 1_000_000  # frames before a training clip that a memory is shown: all there are
+WHOLE = 1_000_000  # frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +175,12 @@ def require_history(selections: Sequence[Selection], stride: int, network: Trans
     network.memory.require_history((longest - 1) // stride + 1, network.window, source=source)
 
 
+def lead_of(network: TransformerConfig, spec: WorldSpec) -> int:
+    """How many frames before a training clip come along: all there are, where a memory is shown them or commands are added up."""
+    adds_up = network.aim and network.actions and network.guess_width and spec.action.kind != "absolute"
+    return WHOLE if network.memory.size or adds_up else 0
+
+
 def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
     tokenizer = load_finished_tokenizer(config.tokenizer)
@@ -194,12 +201,13 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
     network = (config.model if model is None else model.config).network
     require_history(training, config.stride, network)
-    lead = WHOLE if network.memory.size else 0
+    lead = lead_of(network, training[0].dataset.spec)
     batches = LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
         torch.manual_seed(config.loop.seed)
         actions, poses = fit_normalizers(training)
         model = AutoregressiveWorldModel(config.model, batches.spec, action_normalizer=actions, pose_normalizer=poses)
+        model.fit_aims(strided_numbers(training, config.stride))
     stage = _WorldModelStage(model, batches, LatentBatches(held_out, tokenizer, **options), tokenizer)
     provenance = {
         **data_provenance(training, config.out, init_from=config.init_from),

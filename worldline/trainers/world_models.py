@@ -24,6 +24,7 @@ from worldline.trainers.inputs import (
     fit_normalizers,
     load_finished_tokenizer,
     open_datasets,
+    strided_numbers,
 )
 from worldline.trainers.loop import LoopConfig, train
 from worldline.types import Clip
@@ -161,9 +162,14 @@ def run(config: TrainWorldModels, *, progress: bool = True) -> Path:
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}
     for chosen in training.values():
         world_model.require_history(chosen, config.stride, config.model.network)
-    lead = world_model.WHOLE if config.model.network.memory.size else 0
     batches = {
-        name: LatentBatches(chosen, tokenizers[name], starts=config.starts, lead=lead, **options)
+        name: LatentBatches(
+            chosen,
+            tokenizers[name],
+            starts=config.starts,
+            lead=world_model.lead_of(config.model.network, chosen[0].dataset.spec),
+            **options,
+        )
         for name, chosen in training.items()
     }
     normalizers = {name: fit_normalizers(chosen) for name, chosen in training.items()}
@@ -173,6 +179,8 @@ def run(config: TrainWorldModels, *, progress: bool = True) -> Path:
     }
     torch.manual_seed(config.loop.seed)
     model = MultiWorldModel(config.model, robots)
+    for name, chosen in training.items():
+        model.member(name).fit_aims(strided_numbers(chosen, config.stride))
     of_members = {
         name: {**data_provenance(chosen, member_folder(config.out, name)), "tokenizer": tokenizers[name].fingerprint}
         for name, chosen in training.items()

@@ -13,7 +13,7 @@ Sources: Astra 2512.08931 and Ctrl-World 2510.10125 (per-frame action conditioni
 action-free guidance), Diffusion Forcing 2407.01392 (a level per frame).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
 from worldline.worldmodels.config import AutoregressiveConfig
-from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
+from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
 from worldline.worldmodels.experts import Routing
 from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.ports import ONLY, Body, Port
@@ -96,6 +96,14 @@ class AutoregressiveWorldModel(nn.Module):
         named = self.network.blocks.named_parameters()
         return [p for name, p in named if p.ndim == 2 and min(p.shape) > 2 and "modulation" not in name]
 
+    def fit_aims(self, episodes: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Before training: how far commands lead, from episodes of this robot, as poses "t p" and blocks "t-1 k a" in physical units."""
+        guess = self.port.guess_pose
+        if guess is not None:
+            guess.fit_gain(
+                (self.pose_normalizer.normalize(p), self.action_normalizer.normalize(a).flatten(1)) for p, a in episodes
+            )
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, clip: Clip, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,11 +139,16 @@ class AutoregressiveWorldModel(nn.Module):
                     f"got {len(clip.instruction)}"
                 )
             text = encoder(clip.instruction).to(self.device)
+        poses, actions = self.pose_normalizer.normalize(clip.poses.to(self.device)), self._flat_actions(clip.actions)
+        guess = self.port.guess_pose
         return NetworkClip(
             frames=whiten(there, self.latent_spec),
-            poses=self.pose_normalizer.normalize(clip.poses.to(self.device)),
-            actions=self._flat_actions(clip.actions),
+            poses=poses,
+            actions=actions,
             text=text,
+            aims=guess.aims(poses, actions, first_frames(clip).to(self.device))
+            if guess is not None and guess.gain is not None
+            else None,
         )
 
     def _flat_actions(self, actions: Tensor) -> Tensor:
@@ -222,16 +235,20 @@ class AutoregressiveWorldModel(nn.Module):
                     f"{source}: a world model with weights of its own is required here, this is a member of one of several "
                     "robots, which `load_world_model` reads."
                 )
-            # checkpoints from before there were guesses do not say that they have none
-            model = config["model"] | {"network": {"guess_width": 0} | config["model"]["network"]}
             return cls(
-                checkpoint.from_json(AutoregressiveConfig, model, source=source),
+                read_config(config["model"], source),
                 spec,
                 action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
                 pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
             )
 
         return checkpoint.load_part(folder, part="world-model", build=build, renew=_with_ports)
+
+
+def read_config(model: Mapping[str, Any], source: str) -> AutoregressiveConfig:
+    """Settings from a checkpoint. One from before there were guesses or aims does not say that it has none."""
+    network = {"guess_width": 0, "aim": False} | model["network"]
+    return checkpoint.from_json(AutoregressiveConfig, {**model, "network": network}, source=source)
 
 
 def make_network(config: AutoregressiveConfig, bodies: Mapping[str, Body]) -> SpaceTimeTransformer:
@@ -249,7 +266,12 @@ def body_of(spec: WorldSpec) -> Body:
             f"this world model takes one latent a frame, the tokenizer packs {spec.latent.frames_per_latent}"
         )
     width = spec.control_steps * spec.action.dim
-    return Body(shapes=spec.latent.shapes, pose_dim=len(spec.pose_names), action_dim=width)
+    return Body(
+        shapes=spec.latent.shapes,
+        pose_dim=len(spec.pose_names),
+        action_dim=width,
+        adds_up=spec.action.kind != "absolute",
+    )
 
 
 def _with_ports(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

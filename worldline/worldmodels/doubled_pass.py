@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worldline.diffusion import add_noise, linear_path
+from worldline.types import Clip
 from worldline.worldmodels.guesses import motion_of
 from worldline.worldmodels.ports import FrameBatch
 
@@ -23,11 +24,24 @@ class NetworkClip:
     poses: Tensor  # "b t p"
     actions: Tensor  # "b t-1 k*a"
     text: Tensor | None  # "b e"
+    aims: Tensor | None  # "b t p": to where commands have added up by each frame (`PoseGuess`)
 
     def after(self, lead: int) -> "NetworkClip":
         """Without the first `lead` frames."""
         frames = {camera: z[:, lead:] for camera, z in self.frames.items()}
-        return NetworkClip(frames=frames, poses=self.poses[:, lead:], actions=self.actions[:, lead:], text=self.text)
+        return NetworkClip(
+            frames=frames,
+            poses=self.poses[:, lead:],
+            actions=self.actions[:, lead:],
+            text=self.text,
+            aims=None if self.aims is None else self.aims[:, lead:],
+        )
+
+
+def first_frames(clip: Clip) -> Tensor:
+    """ "b": each row's first frame that is there, its lead counted."""
+    rows = torch.zeros(len(clip.poses), dtype=torch.long)
+    return rows if clip.led is None else rows + clip.lead - clip.led.cpu()
 
 
 def doubled_batch(
@@ -83,6 +97,7 @@ def doubled_batch(
         time=torch.cat([time[:-1], time[1:]]),
         seen={camera: torch.cat([there, all_there], 1) for camera, there in seen.items()},
         previous_seen={camera: torch.cat([shift(there), there], 1) for camera, there in held.items()},
+        aim=None if clip.aims is None else torch.cat([shift(clip.aims[:, :-1]), clip.aims[:, :-1]], 1),
         text=clip.text,
     )
 

@@ -25,7 +25,7 @@ from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.types import Clip, WorldSpec
-from worldline.worldmodels.autoregressive import AutoregressiveWorldModel, body_of, make_network
+from worldline.worldmodels.autoregressive import AutoregressiveWorldModel, body_of, make_network, read_config
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.experts import ROUTERS
 from worldline.worldmodels.transformer import port_key
@@ -147,7 +147,7 @@ class MultiWorldModel(nn.Module):
         config = checkpoint.load_config(folder, part=PART)["config"]
         source = f"{folder}/config.json"
         robots = {name: _read_robot(member_folder(folder, name)) for name in config["embodiments"]}
-        model = cls(checkpoint.from_json(AutoregressiveConfig, config["model"], source=source), robots)
+        model = cls(read_config(config["model"], source), robots)
         checkpoint.load_tensors(model, folder)
         return model.eval()
 

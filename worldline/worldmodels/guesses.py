@@ -6,7 +6,7 @@ wrong, because errors of a frame are the start of the next one (docs/log.md).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,27 +61,87 @@ class ViewGuess(nn.Module):
 class PoseGuess(nn.Module):
     """Guesses the next pose from the last one, its last change, and the last two action blocks: an arm lags its commands.
 
-    Its input `motion` is made by `motion_of`. Where no action is told, the last pose is the guess.
+    Where commands say how far to go (`aims`), they are also added up within learned bounds: the *aim*, the point to which they have
+    sent the arm. It may lie far ahead of an arm that lags or is held up, and no pose tells of it. Where no action is told, the
+    last pose is the guess. The input `motion` is made by `motion_of`.
     """
 
-    def __init__(self, width: int, pose_dim: int, action_dim: int) -> None:
+    def __init__(self, width: int, pose_dim: int, action_dim: int, *, aims: bool = False) -> None:
         super().__init__()
         self.pose_dim = pose_dim
-        self.net = dense(2 * pose_dim + 2 * action_dim, width, pose_dim)
+        self.net = dense((3 if aims else 2) * pose_dim + 2 * action_dim, width, pose_dim)
+        self.gain = nn.Linear(action_dim, pose_dim, bias=False) if aims else None
+        self.bounds = nn.Parameter(torch.tensor([-1.5, 1.5])[:, None].repeat(1, pose_dim)) if aims else None
 
-    def forward(self, motion: Tensor, action: Tensor, has_action: Tensor) -> Tensor:
+    def init_weights(self) -> None:
+        """Before training the pose stays as it is, and so does the aim."""
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)
+
+    @torch.no_grad()
+    def fit_gain(self, episodes: Iterable[tuple[Tensor, Tensor]], *, span: int = 8, ridge: float = 1e-2) -> None:
+        """Start the gain from least squares: how poses change over `span` frames by the commands in between. From zero it hardly
+        moves, because an aim that stays with the pose tells nothing. `episodes`: poses "e p" and blocks "e-1 k*a".
+        """
+        if self.gain is None:
+            return
+        width = self.gain.in_features
+        products, targets = torch.zeros(width, width), torch.zeros(width, self.pose_dim)
+        for poses, actions in episodes:
+            if len(poses) > span:
+                sums = actions.unfold(0, span, 1).sum(-1)
+                products += sums.T @ sums
+                targets += sums.T @ (poses[span:] - poses[:-span])
+        scale = products.diagonal().mean().clamp(min=1e-9)
+        self.gain.weight.copy_(torch.linalg.solve(products + ridge * scale * torch.eye(width), targets).T)
+
+    def aim(self, aim: Tensor, action: Tensor) -> Tensor:
+        """The aim "... p" after one more block. Without `aims` it has no dimensions, "... 0"."""
+        if self.gain is None or self.bounds is None:
+            return aim
+        return torch.minimum(torch.maximum(aim + self.gain(action), self.bounds[0]), self.bounds[1])
+
+    def start(self, pose: Tensor) -> Tensor:
+        """The aim of an arm at rest: where it is."""
+        return pose if self.gain is not None else pose[..., :0]
+
+    def forward(self, motion: Tensor, action: Tensor, has_action: Tensor, aim: Tensor | None = None) -> Tensor:
+        """`aim`: of the frame before; that frame's pose by default."""
         pose, change, before = motion.split([self.pose_dim, self.pose_dim, action.shape[-1]], dim=-1)
-        moved = STEP * self.net(torch.cat([pose, change / STEP, before, action], dim=-1))
-        return pose + moved * has_action[..., None]
+        known = [pose, change / STEP, before, action]
+        if self.gain is not None:
+            known.append(self.aim(pose if aim is None else aim, action) - pose)
+        return pose + STEP * self.net(torch.cat(known, dim=-1)) * has_action[..., None]
 
-    def follow(self, first: Tensor, actions: Tensor) -> Tensor:
-        """The poses "b t p" that blocks "b t k*a" lead to from the pose `first` "b p" at rest, each from the guess before it."""
-        motion, told, poses = motion_of(first, first, torch.zeros_like(actions[:, 0])), actions.new_ones(()), []
-        for action in actions.unbind(1):
-            last = motion[:, : self.pose_dim]
-            poses.append(self(motion, action, told))
-            motion = motion_of(poses[-1], last, action)
-        return torch.stack(poses, 1)
+    @torch.no_grad()
+    def aims(self, poses: Tensor, actions: Tensor, first: Tensor) -> Tensor:
+        """The aim at every frame "b e p" of poses "b e p" and blocks "b e-1 k*a"; rows begin at rest at frame `first` "b"."""
+        aims = [self.start(poses[:, 0])]
+        for i, action in enumerate(actions.unbind(1), start=1):
+            begins = (first >= i)[:, None]
+            aims.append(torch.where(begins, self.start(poses[:, i]), self.aim(aims[-1], action)))
+        return torch.stack(aims, 1)
+
+    def follow(self, poses: Tensor, actions: Tensor, aims: Tensor, first: Tensor) -> Tensor:
+        """The poses "b e-1 p" to which blocks "b e-1 k*a" lead from the first one, each from the guess before it.
+
+        Rows begin at frame `first` "b": up to there the true pose is taken. `aims` "b e p": only the first frame's is.
+        """
+        aim, guesses = aims[:, 0], []
+        motion, told = motion_of(poses[:, 0], poses[:, 0], torch.zeros_like(actions[:, 0])), actions.new_ones(())
+        for i, action in enumerate(actions.unbind(1)):
+            begins = (first >= i)[:, None]
+            last = torch.where(begins, poses[:, i], motion[:, : self.pose_dim])
+            before = torch.where(begins, torch.zeros_like(motion[:, self.pose_dim :]), motion[:, self.pose_dim :])
+            if i:  # a row that begins here is at rest
+                aim = torch.where(begins, self.start(poses[:, i]), aim)
+            guesses.append(self(torch.cat([last, before], dim=-1), action, told, aim))
+            aim = self.aim(aim, action)
+            motion = motion_of(guesses[-1], last, action)
+        return torch.stack(guesses, 1)
 
 
 def motion_of(pose: Tensor, before: Tensor, action: Tensor) -> Tensor:

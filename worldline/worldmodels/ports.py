@@ -28,12 +28,14 @@ ONLY = "robot"  # the port's name in a network of one robot
 class Body:
     """Sizes of one robot's data.
 
-    shapes: camera -> (c, h, w) of its latents; pose_dim: p, may be 0; action_dim: length of a flattened action block (k * a).
+    shapes: camera -> (c, h, w) of its latents; pose_dim: p, may be 0; action_dim: length of a flattened action block (k * a);
+    adds_up: whether actions say how far to go, and not where to be.
     """
 
     shapes: Mapping[str, tuple[int, int, int]]
     pose_dim: int
     action_dim: int
+    adds_up: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,7 @@ class FrameBatch:
     time: Tensor
     seen: Mapping[str, Tensor] = field(default_factory=dict)  # camera -> "b l" bool, of `latents`
     previous_seen: Mapping[str, Tensor] = field(default_factory=dict)  # and of `previous`
+    aim: Tensor | None = None  # "b l p", of the frame before (`PoseGuess`); the pose then, where it is not known
     text: Tensor | None = None  # "b e": the instruction's embedding
 
     def keep(self, frames: slice) -> "FrameBatch":
@@ -63,6 +66,8 @@ class FrameBatch:
 
         def cut(name: str) -> object:
             value = getattr(self, name)
+            if value is None:
+                return None
             if isinstance(value, Mapping):
                 return {camera: z[:, frames] for camera, z in value.items()}
             return value[..., frames] if value.ndim == 1 else value[:, frames]
@@ -74,6 +79,8 @@ class FrameBatch:
 
         def join(name: str) -> object:
             mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None:
+                return None
             if isinstance(mine, Mapping):
                 return {camera: torch.cat([z, theirs[camera]], dim=1) for camera, z in mine.items()}
             return torch.cat([mine, theirs], dim=1)
@@ -97,6 +104,7 @@ class Port(nn.Module):
         patch: int,
         guess_width: int,
         actions: bool,
+        aim: bool,
         cross_view: bool,
         memory: MemoryConfig,
         experts: bool = False,
@@ -113,7 +121,9 @@ class Port(nn.Module):
         self.keys = {camera: camera.replace(".", "_") for camera in body.shapes}
         channels = {self.keys[camera]: c * patch * patch for camera, (c, _, _) in body.shapes.items()}
         pose_dim, action_dim = body.pose_dim, body.action_dim
-        self.guess_pose = PoseGuess(guess_width, pose_dim, action_dim) if guess_width and actions and pose_dim else None
+        guessing_pose = guess_width and actions and pose_dim
+        aims = aim and body.adds_up
+        self.guess_pose = PoseGuess(guess_width, pose_dim, action_dim, aims=aims) if guessing_pose else None
         poses = 2 * pose_dim if self.guess_pose else pose_dim
         guessing = guess_width > 0 and cross_view
         self.guess_views = ViewGuess(guess_width, body.shapes, self.keys, poses + action_dim) if guessing else None
@@ -139,8 +149,9 @@ class Port(nn.Module):
             nn.init.normal_(place, std=PLACE_STD)
         if self.memory is not None:
             self.memory.warp.init_weights()
-        last = [self.guess_pose.net[-1]] if self.guess_pose else []
-        for linear in [self.unembed_pose, *self.unembed.values(), *last]:
+        if self.guess_pose is not None:
+            self.guess_pose.init_weights()
+        for linear in [self.unembed_pose, *self.unembed.values()]:
             assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
 
@@ -163,7 +174,7 @@ class Port(nn.Module):
             action = torch.zeros_like(action)
         pose, known = None, [frames.previous_pose, action]
         if self.guess_pose is not None:
-            pose = self.guess_pose(frames.motion, frames.action, frames.has_action)
+            pose = self.guess_pose(frames.motion, frames.action, frames.has_action, frames.aim)
             known.append(pose.detach())
         views = self.guess_views(frames.previous, torch.cat(known, dim=-1)) if self.guess_views is not None else {}
         return Guesses(views=views, pose=pose)
@@ -173,7 +184,7 @@ class Port(nn.Module):
         """ "b l p": where the arm is about to be, as far as is known before the frame is imagined. Memory is searched by it."""
         if self.guess_pose is None:
             return frames.previous_pose
-        return self.guess_pose(frames.motion, frames.action, frames.has_action)
+        return self.guess_pose(frames.motion, frames.action, frames.has_action, frames.aim)
 
     def moves(self, frames: FrameBatch, guesses: Guesses) -> Tensor:
         """ "b l m": the normalised block that led to each frame, where the arm is guessed to be by it, and how far that is."""

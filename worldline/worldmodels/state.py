@@ -27,6 +27,7 @@ class StreamState:
     seen: Mapping[str, Bool[Tensor, " n"]]  # whether that camera was there
     pose: Float[Tensor, "n p"]  # normalised last pose, as the network saw it
     motion: Float[Tensor, "n m"]  # of the last frame: its pose without noise, its last change, the block before it
+    aim: Float[Tensor, "n q"]  # to where commands have added up; q is 0 where that is not known
     text: Float[Tensor, "n e"]  # the instruction; e is 0 where the network is not told it
     bank: MemoryBank | None
     unwritten: FrameBatch | None  # what the network is to be shown of the last frame

@@ -55,6 +55,7 @@ class Streaming:
             seen=unseen,
             pose=torch.zeros(n, p, device=device),
             motion=torch.zeros(n, 2 * p + port.body.action_dim, device=device),
+            aim=self._aim_at_rest(torch.zeros(n, p, device=device)),
             text=torch.zeros(n, 0, device=device) if clip.text is None else clip.text,
             bank=MemoryBank.empty(
                 n, config.memory.capacity, p, frame_content(blank, unseen, torch.zeros(n, device=device))
@@ -102,6 +103,7 @@ class Streaming:
             seen=held.seen,
             pose=held.pose,
             motion=motion_of(frame.pose, before, action),
+            aim=self._next_aim(state, frame, action),
             bank=bank,
         )
         # a dream that writes its own last steps leaves nothing unwritten, and its states are alike
@@ -167,6 +169,15 @@ class Streaming:
         made = sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path)
         return unpack(made), unpack(asked[0])
 
+    def _aim_at_rest(self, pose: Tensor) -> Tensor:
+        guess = self.network.port(self.body).guess_pose
+        return pose[:, :0] if guess is None else guess.start(pose)
+
+    def _next_aim(self, state: StreamState, frame: Frame, action: Tensor) -> Tensor:
+        """To where commands have added up by the frame that `action` led to; a row's first frame is taken to be at rest."""
+        guess, rest = self.network.port(self.body).guess_pose, self._aim_at_rest(frame.pose)
+        return rest if guess is None else torch.where(state.frames[:, None] > 0, guess.aim(state.aim, action), rest)
+
     def _as_history(self, state: StreamState, frame: Frame, seeds: Tensor) -> Frame:
         """The frame at the history level. Cameras that are not seen stay zeros."""
         if not self.config.history_level:
@@ -189,6 +200,7 @@ class Streaming:
             pose=frame.pose[:, None],
             previous_pose=state.pose[:, None],
             motion=state.motion[:, None],
+            aim=state.aim[:, None] if state.aim.shape[1] else None,
             level=level[:, None],
             action=action[:, None],
             has_action=(state.frames > 0)[:, None] & told,

@@ -22,12 +22,14 @@ from torch import Tensor
 from worldline.diffusion import add_noise, linear_path
 from worldline.types import Clip
 from worldline.worldmodels.config import AutoregressiveConfig
-from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
+from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
 from worldline.worldmodels.experts import Routing
-from worldline.worldmodels.guesses import STEP
+from worldline.worldmodels.guesses import STEP, PoseGuess
 from worldline.worldmodels.memory import Memories, recall_in_training
 from worldline.worldmodels.ports import FrameBatch
 from worldline.worldmodels.transformer import Prediction, SpaceTimeTransformer, teacher_forcing_mask
+
+FOLLOWED = 64  # frames at the most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class Training:
             generator=generator,
         )
         made = self.predict(clip, whole, batch, seen, generator)
-        loss, metrics = self._errors(clip, own, made, target_level, told)
+        loss, metrics = self._errors(clip, whole, made, target_level, told)
         warped = self._warp_errors(clip, whole, generator)
         return loss + _mean(warped), metrics | {f"warp_error/{c}": e.detach() for c, e in warped.items()}
 
@@ -124,10 +126,11 @@ class Training:
         return replace(history, frames=frames, poses=torch.cat([history.poses[:, :1], made.pose], dim=1))
 
     def _errors(
-        self, clip: Clip, own: NetworkClip, made: Prediction, target_level: Tensor, told: Tensor | None
+        self, clip: Clip, whole: NetworkClip, made: Prediction, target_level: Tensor, told: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a prediction: of frames and poses, of what the dense networks guessed, of the warp, of the router."""
-        config, frames, poses = self.config, own.frames, own.poses
+        config, own = self.config, whole.after(clip.lead)
+        frames, poses = own.frames, own.poses
         weight = (1 / target_level.clamp(min=1e-3) ** 2).clamp(max=config.max_weight)
 
         def error(made: Tensor, camera: str) -> Tensor:
@@ -150,7 +153,7 @@ class Training:
             if config.own_history:  # and from its own guesses: errors that add up frame by frame are small in any one
                 guess_pose = self.network.port(self.body).guess_pose
                 assert guess_pose is not None
-                guesses["followed pose"] = _pose_miss(guess_pose.follow(poses[:, 0], own.actions), poses[:, 1:]).mean()
+                guesses["followed pose"] = self._followed(clip, whole, guess_pose)
                 loss = loss + guesses["followed pose"]
         metrics = {f"guess_error/{c}": e.detach() for c, e in guesses.items()}
         if (found := made.remembered) is not None:
@@ -166,6 +169,15 @@ class Training:
         metrics |= {f"one_step_error/{c}": _mean_where(e, pure).detach() for c, e in per_camera.items()}
         return loss, metrics | {"one_step_error/pose": _mean_where(pose_error, pure).detach()}
 
+    def _followed(self, clip: Clip, whole: NetworkClip, guess: PoseGuess) -> Tensor:
+        """What the guessed pose misses, from its own guesses, over the last `FOLLOWED` frames there are."""
+        begin = max(0, whole.poses.shape[1] - 1 - FOLLOWED)
+        poses, actions = whole.poses[:, begin:], whole.actions[:, begin:]
+        aims = poses if whole.aims is None else whole.aims[:, begin:]
+        first = first_frames(clip).to(poses.device) - begin
+        missed = _pose_miss(guess.follow(poses, actions, aims, first), poses[:, 1:])
+        return _mean_where(missed, torch.arange(missed.shape[1], device=poses.device) >= first[:, None], empty=0.0)
+
     def _warp_errors(self, clip: Clip, whole: NetworkClip, generator: torch.Generator | None) -> dict[str, Tensor]:
         """What the memory's warp gets wrong, by camera, over all frames there are, one or two frames apart."""
         encoder = self.network.port(self.body).memory
@@ -177,9 +189,7 @@ class Training:
 
     def there(self, clip: Clip, whole: NetworkClip) -> dict[str, Tensor]:
         """camera -> "b e" bool, which frames of the clip and its lead exist and hold the camera."""
-        b, e = whole.poses.shape[:2]
-        led = torch.full((b,), clip.lead) if clip.led is None else clip.led.cpu()
-        exists = torch.arange(e) >= clip.lead - led[:, None]
+        exists = torch.arange(whole.poses.shape[1]) >= first_frames(clip)[:, None]
         held = {c: exists & clip.present[c].cpu()[:, None] if c in clip.present else exists for c in whole.frames}
         return {c: there.to(whole.poses.device) for c, there in held.items()}
 

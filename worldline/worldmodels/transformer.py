@@ -46,6 +46,7 @@ class TransformerConfig:
     patch: int = 2  # latent cells along one side of a token
     mlp_ratio: float = 4.0
     guess_width: int = 256  # of the dense networks that guess the pose, and each view from the others; 0: none
+    aim: bool = True  # the guessed pose knows to where commands have added up, where they say how far to go
     actions: bool = True  # False: the action-free predictor, a baseline that every world model must beat
     adapter: str = "adaln"  # how actions enter the blocks: adaln, additive or cross-attention
     cross_view: bool = True  # False: a camera's tokens see that camera alone
@@ -155,6 +156,7 @@ class SpaceTimeTransformer(nn.Module):
                     patch=config.patch,
                     guess_width=config.guess_width,
                     actions=config.actions,
+                    aim=config.aim,
                     cross_view=config.cross_view,
                     memory=config.memory,
                     experts=config.experts > 0,
@@ -183,7 +185,8 @@ class SpaceTimeTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for port in self.ports.values():
             cast(Port, port).init_weights()
         if self.experts is not None:

@@ -33,6 +33,7 @@ from worldline.eval.excess import ExcessRatio, excess_ratio, excess_ratio_of_rep
 from worldline.eval.replays import Replays, join_replays, load_replays
 from worldline.eval.video_metrics import compare_videos
 from worldline.eval.world_model import replay_in_dream
+from worldline.rl_in_imagination.dream import Dream
 from worldline.trainers import probe, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 from worldline.trainers.world_model import TrainWorldModel
@@ -44,7 +45,7 @@ FULL = replace(
     PLAIN,
     network=replace(PLAIN.network, memory=MemoryConfig(start=True, recent=1, nearest=2)),
     own_history=0.5,
-    action_dropout=0.1,
+    action_dropout=0.05,  # as in Ctrl-World and Astra
     text="hashed",
 )
 
@@ -64,6 +65,7 @@ ARMS: dict[str, AutoregressiveConfig] = {
     "no-guidance": replace(FULL, action_dropout=0.0),
     "additive": _network(adapter="additive"),
     "cross-attention": _network(adapter="cross-attention"),
+    "camera-missing": replace(FULL, camera_dropout=0.2),  # measured also with either camera hidden
     "one-action-a-clip": FULL,  # trained and measured on data whose blocks are the mean of their clip's
 }
 FIVE = ("full", "no-bank", "no-history-noise", "per-view", "plain")
@@ -223,7 +225,7 @@ def arm_rows(arm: str, seed: int, report: Path, base: Path | None, count: int, p
     frechet = [f for f in r["latent_frechet"]["rows"] if f["predictor"] == "true"][-1:]
     control = row(
         f"{arm}, {seed}",
-        " / ".join(f"{g['gain_db']:+.1f} {span(g, 1)}" for g in gaps),
+        " / ".join(f"{g['gain_db']:+.1f} {span(g, 1)}" if g else "–" for g in gaps),
         f"{r['action_following']['true']['r2_mean']:.2f} of {r['action_following']['tokenizer']['r2_mean']:.2f}",
         " / ".join(f"{r['object_position']['true']['error_at'][h]:.1f}" for h in ("20", "60", "100")),
         " / ".join(f"{100 * r['pose_error'][h - 1]:.1f}" for h in (10, 40, 100)),
@@ -249,17 +251,36 @@ def drift_of(folder: Path, replays: Replays, sampling: dict[str, Any]) -> dict[s
     return {**found["excess"]["predictors"]["true"]["all"], "one_step": float(np.mean(one_step))}
 
 
-def sweep(config: MakeLongDreams, folder: Path, name: str, values: tuple[float, ...]) -> list[str]:
-    """One row a value: errors one frame ahead, early, late, and the excess against the first value's."""
-    kept = config.out / f"sweep-{folder.name}-{name}.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    dream = load_dream(folder)
+def load_tests(config: MakeLongDreams, dream: Dream) -> Replays:
     parts = []
     for test in data(config, test=True):
         dataset, stride = open_for(dream, test)
         cameras = [c.name for c in dream.spec.cameras]
         parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=None, stride=stride))
-    replays = join_replays(parts)
+    return join_replays(parts)
+
+
+def hidden_rows(config: MakeLongDreams, folder: Path, seed: int) -> list[str]:
+    """One row a camera: how well it is imagined when its first frame is kept from the dream, and when it is shown."""
+    dream, rows = load_dream(folder), []
+    whole = load_tests(config, dream)
+    for camera, real in whole.frames.items():
+        cells = []
+        for hidden in ((), (camera,)):
+            made = replay_in_dream(dream, replace(whole, hidden=hidden), progress=f"hidden: {camera}").frames[camera]
+            found = compare_videos(real[:, 1:], made[:, 1:], real[:, 0].contiguous())
+            for h in (1, 10, 40):
+                mask = found.moved_mask[:, h - 1]
+                cells.append(f"{found.psnr[:, h - 1].mean():.1f} ({found.moved_psnr[:, h - 1][mask].mean():.1f})")
+        rows.append(row(f"{camera}, {seed}", *cells))
+    return rows
+
+
+def sweep(config: MakeLongDreams, folder: Path, name: str, values: tuple[float, ...]) -> list[str]:
+    """One row a value: errors one frame ahead, early, late, and the excess against the first value's."""
+    kept = config.out / f"sweep-{folder.name}-{name}.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    replays = load_tests(config, load_dream(folder))
     for value in values:
         if str(value) not in found:
             found[str(value)] = drift_of(folder, replays, {name: value})
@@ -282,7 +303,7 @@ def _excesses(found: dict[str, Any]) -> np.ndarray:
 
 def main(config: MakeLongDreams) -> None:
     prepare(config)
-    drift, control = [], []
+    drift, control, hidden = [], [], []
     first: dict[int, Path] = {}
     for seed in range(config.seeds):
         made = {}
@@ -290,6 +311,8 @@ def main(config: MakeLongDreams) -> None:
             settings, per_step = training(config, arm, seed)
             folder = train(world_model, settings)
             first.setdefault(seed, folder)
+            if arm == "camera-missing":
+                hidden += hidden_rows(config, folder, seed)
             made[arm] = (evaluate(config, arm, folder, seed), settings.loop.steps, per_step)
         base = made["plain"][0] if "plain" in made else None
         for arm, (report, count, per_step) in made.items():
@@ -306,10 +329,13 @@ def main(config: MakeLongDreams) -> None:
         ),
         table(
             "| arm, seed | true - shuffled actions, dB | actions read off it, R² | object off at 20 / 60 / 100, pixels "
-            "| pose off at 10 / 40 / 100, cm | views apart at 40, beyond real | latent Frechet, late | frames/s |",
+            "| pose off at 10 / 40 / 100 (metres and gripper, x100) | views apart at 40, beyond real | latent Frechet, late | frames/s |",
             control,
         ),
     ]
+    if hidden:
+        head = "| PSNR, all (moved) pixels; camera, seed | shown: at 1 | at 10 | at 40 | hidden: at 1 | at 10 | at 40 |"
+        sections.append(table(head, hidden))
     if config.sweeps:
         head = "| {} | error at 1 | at 10 | at 100 | excess | excess / the first row's |"
         for name, values in (("history_level", HISTORY_LEVELS), ("guidance", GUIDANCES)):

@@ -1,8 +1,8 @@
-import os
-import sys
+"""Simulators are drawn without a screen, by whichever library this machine has."""
 
 import pytest
 
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
+from worldline.sim.headless import choose_backend
+
+choose_backend()  # before the line below imports MuJoCo
 pytest.importorskip("metaworld", reason="needs the extra worldline[metaworld]")

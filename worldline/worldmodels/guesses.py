@@ -125,13 +125,17 @@ class PoseGuess(nn.Module):
             aims.append(torch.where(begins, self.start(poses[:, i]), self.aim(aims[-1], action)))
         return torch.stack(aims, 1)
 
-    def follow(self, poses: Tensor, actions: Tensor, aims: Tensor, first: Tensor) -> Tensor:
+    def follow(
+        self, poses: Tensor, actions: Tensor, aims: Tensor, first: Tensor, motion: Tensor | None = None
+    ) -> Tensor:
         """The poses "b e-1 p" to which blocks "b e-1 k*a" lead from the first one, each from the guess before it.
 
-        Rows begin at frame `first` "b": up to there the true pose is taken. `aims` "b e p": only the first frame's is.
+        Rows begin at frame `first` "b": up to there the true pose is taken. `aims` "b e p": only the first frame's is. `motion`: of
+        the first frame, for rows that began before it; at rest by default.
         """
-        aim, guesses = aims[:, 0], []
-        motion, told = motion_of(poses[:, 0], poses[:, 0], torch.zeros_like(actions[:, 0])), actions.new_ones(())
+        aim, guesses, told = aims[:, 0], [], actions.new_ones(())
+        if motion is None:
+            motion = motion_of(poses[:, 0], poses[:, 0], torch.zeros_like(actions[:, 0]))
         for i, action in enumerate(actions.unbind(1)):
             begins = (first >= i)[:, None]
             last = torch.where(begins, poses[:, i], motion[:, : self.pose_dim])

@@ -24,7 +24,7 @@ from worldline.types import Clip
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
 from worldline.worldmodels.experts import Routing
-from worldline.worldmodels.guesses import STEP, PoseGuess
+from worldline.worldmodels.guesses import STEP, PoseGuess, motion_of
 from worldline.worldmodels.memory import Memories, recall_in_training
 from worldline.worldmodels.ports import FrameBatch
 from worldline.worldmodels.transformer import Prediction, SpaceTimeTransformer, teacher_forcing_mask
@@ -175,7 +175,10 @@ class Training:
         poses, actions = whole.poses[:, begin:], whole.actions[:, begin:]
         aims = poses if whole.aims is None else whole.aims[:, begin:]
         first = first_frames(clip).to(poses.device) - begin
-        missed = _pose_miss(guess.follow(poses, actions, aims, first), poses[:, 1:])
+        motion = None
+        if begin:
+            motion = motion_of(poses[:, 0], whole.poses[:, begin - 1], whole.actions[:, begin - 1])
+        missed = _pose_miss(guess.follow(poses, actions, aims, first, motion), poses[:, 1:])
         return _mean_where(missed, torch.arange(missed.shape[1], device=poses.device) >= first[:, None], empty=0.0)
 
     def _warp_errors(self, clip: Clip, whole: NetworkClip, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from worldline.errors import DatasetError
 
 _FAR = 1e9
-_SEEN, _LEVEL = "seen: ", "level"
+_SEEN, _LEVEL = "seen: ", "level: "  # beside the names of cameras
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
     python scripts/make_instructions.py --out results-instructions
 
 In arm/reach nine objects lie on a table and a sentence names one ("reach the red box"). A world model that knows the instruction,
-and has often been trained without actions, is asked for a video: it is given one frame and a sentence and no action at all.
+and has half the time been trained on video without actions, is asked for a video: it is given one frame and a sentence and no action at all.
 From each test frame it dreams twice, with two sentences that name two objects there; noise and frame are the same. Judged is
 over which object the imagined hand ends, once by the imagined pose and once by a probe that reads the pose off the imagined
 picture of the top camera. Everything is kept in --out. Prints Markdown, and writes it to OUT/tables.md and a video to OUT.
@@ -78,12 +78,12 @@ def train_dream(config: MakeInstructions, seed: int) -> Dream:
             data=(config.out / "data",),
             tokenizer=config.out / "tok",
             out=config.out / f"wm{seed}",
-            model=replace(preset["model"], text=config.text, action_dropout=0.5),
+            model=replace(preset["model"], text=config.text, actionless=0.5),
             starts=0.5,
             loop=replace(preset["loop"], steps=int(4000 * config.budget), seed=seed),
         ),
     )
-    return load_dream(folder, {"guidance": 0.0})  # what is imagined without the action
+    return load_dream(folder)
 
 
 def named(state: Tensor) -> dict[int, str]:
@@ -110,9 +110,7 @@ def final_cells(
 ) -> tuple[np.ndarray, dict]:
     """By judge, the cell below the hand at the end of each dream, "judges n"; and the frames."""
     starts = replace(replays.first, instruction=told)
-    n, action = len(told), dream.spec.action
-    still = torch.zeros(n, frames - 1, dream.spec.control_steps, action.dim)  # never looked at
-    made = rollout(dream, None, None, starts, frames=frames, seeds=torch.arange(n), actions=still, keep_frames=True)
+    made = rollout(dream, None, None, starts, frames=frames, seeds=torch.arange(len(told)), keep_frames=True)
     read = judge.read_video({"top": made.frames["top"]})[:, -1]
     ends = (made.poses[:, -1, :2], read)
     return np.stack([nearest_cell(torch.nn.functional.pad(x, (0, 2)).numpy()) for x in ends]), dict(made.frames)

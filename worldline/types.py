@@ -281,9 +281,12 @@ class WorldModel(Protocol):
         ...
 
     def imagine(
-        self, state: Any, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"]
+        self, state: Any, actions: Float[Tensor, "n f k a"] | None, *, seeds: Int[Tensor, " n"]
     ) -> tuple[RowState, Imagination]:
-        """The f latent frames that follow; f a multiple of `spec.chunk`. Row i depends on row i alone."""
+        """The f latent frames that follow; f a multiple of `spec.chunk`. Row i depends on row i alone.
+
+        Without actions one chunk, whatever may follow; raises `SpecMismatch` if the model has not learned that.
+        """
         ...
 
 

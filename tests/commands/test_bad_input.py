@@ -414,6 +414,13 @@ def test_settings_that_cannot_be(lab: Lab, worldline: Run, tmp_path: Path) -> No
     )
     refused(worldline(*evaluate, "--pose-probes", lab.scorer), "probe")
     refused(worldline(*evaluate, "--guidance", 2), "--guidance: guidance=2", "never was trained on (action_dropout=0)")
+    refused(worldline(*evaluate, "--hidden", "elbow"), "--hidden: some but not all of", "got elbow")
+    refused(
+        worldline(*evaluate, "--noisy", "elbow", 0.2), "--noisy: one of", "a positive number required, got elbow 0.2"
+    )
+    watch = ["imagine", "--world-model", lab.wm, "--data", lab.data, "--episode", 0, "--out", out.with_suffix(".mp4")]
+    refused(worldline(*watch, "--actions", "none"), "requires actions: it never learned", "--model.actionless")
+    refused(worldline(*watch, "--instruction", "wave"), "trained without instructions", "--model.text hashed")
     wide = world_model(lab, lab.data, out, "--model.network.window", 11)
     refused(worldline(*wide), "clips of at least as many frames as the window", "--frames 4", "window 11")
     recall = world_model(lab, lab.data, out, "--model.network.memory.nearest", 2, "--model.network.depth", 2)

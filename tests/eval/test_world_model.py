@@ -51,3 +51,11 @@ def test_joined_replays_are_cut_to_the_shortest() -> None:
 def test_joined_replays_lose_labels_and_states_that_a_part_lacks() -> None:
     both = join_replays([replays(2, 5), replace(replays(2, 5, states=0), frame_success=None)])
     assert both.frame_success is None and both.states.shape == (4, 5, 0)
+
+
+def test_a_noisy_camera_is_noisy_in_what_the_dream_begins_with_and_not_in_what_it_is_compared_with() -> None:
+    clear = replays(64, 3)
+    grainy = replace(clear, frames={"rgb": clear.frames["rgb"] // 2 + 64}, noisy={"rgb": 0.1})
+    shown, real = grainy.first.images["rgb"], grainy.frames["rgb"][:, 0]
+    assert torch.equal(shown, grainy.first.images["rgb"])  # the same noise every time
+    assert abs(float((shown.float() - real).std()) - 25.5) < 1.5

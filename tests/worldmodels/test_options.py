@@ -201,6 +201,22 @@ def test_a_dream_begins_without_a_camera_if_its_model_has_learned_to_and_is_refu
         unable.start(start, seeds=seeds)
 
 
+def test_a_noisy_camera_is_noisy_up_to_a_frame_and_only_in_what_is_shown():
+    model, clip, lead = model_of(camera_noise=1 - 1e-9), clip_of(2, 9, 3), 3
+    whole = model.network_units(clip)
+    shown = model.training_pass.noisy(whole, lead, torch.Generator().manual_seed(0))
+    assert torch.equal(shown.poses, whole.poses) and torch.equal(shown.actions, whole.actions)
+    untils = []
+    for camera, z in whole.frames.items():
+        off = (shown.frames[camera] - z).flatten(2).std(2)  # "b t"
+        noisy = off > 0
+        assert noisy[:, : lead + 1].all() and not noisy[:, -1].any()
+        assert (noisy.int().diff(dim=1) <= 0).all()  # never again once it is over
+        untils += noisy.sum(1).tolist()
+    assert len(set(untils)) > 1  # drawn by row and camera
+    assert model_of().training_pass.noisy(whole, lead, None) is whole
+
+
 def test_guidance_leads_away_from_the_dream_without_actions():
     model, clip, action = model_of(action_dropout=0.2), clip_of(2, 3, 3), torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match="which this model never was trained on"):

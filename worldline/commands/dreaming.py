@@ -1,7 +1,8 @@
 """Verbs `imagine` and `eval`: watch a world model dream held-out episodes, and measure it."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
 from worldline.eval.replays import Replays, join_replays, load_replays, range_results, within_range
 from worldline.eval.revisit import revisit_identity
-from worldline.eval.world_model import evaluate_world_model, replay_in_dream
-from worldline.rl_in_imagination.dream import Dream
+from worldline.eval.world_model import evaluate_world_model
+from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
 from worldline.worldmodels import AutoregressiveWorldModel
@@ -32,6 +33,8 @@ class Imagine(SamplingFlags):
     """Replay an episode's actions in a world model's dream; real and imagined side by side.
 
     Example: worldline imagine --world-model runs/wm --data data/drawer --episode 3 --out out.mp4
+    By the instruction alone (a model trained with --model.text hashed --model.actionless 0.5):
+    worldline imagine --world-model runs/wm --data data/reach --episode 3 --actions none --instruction "reach the red box"
     """
 
     world_model: Path
@@ -41,8 +44,11 @@ class Imagine(SamplingFlags):
     """Video file."""
     frames: int | None = None
     """How many frames; the whole episode by default."""
-    actions: Literal["true", "negated", "zeroed"] = "true"
-    """What the dream is given: the recorded actions, or wrong ones to see that it obeys them."""
+    actions: Literal["true", "negated", "zeroed", "none"] = "true"
+    """What the dream is given: the recorded actions, or wrong ones to see that it obeys them, or none: it imagines whatever may
+    follow (a model trained with --model.actionless)."""
+    instruction: str | None = None
+    """Said in place of the episode's own (a model trained with --model.text)."""
     clip_actions: bool = False
     """Clip recorded actions that are out of their range, instead of refusing them."""
     seed: int = 0
@@ -76,15 +82,28 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     cameras = [c.name for c in dream.spec.cameras]
     replays = load_replays(dataset, [config.episode], cameras=cameras, frames=config.frames, stride=stride)
     replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
-    sign = {"true": 1.0, "negated": -1.0, "zeroed": 0.0}[config.actions]
-    made = replay_in_dream(
+    starts, signs = replays.first, {"true": 1.0, "negated": -1.0, "zeroed": 0.0}
+    if config.instruction is not None:
+        assert isinstance(dream.world_model, AutoregressiveWorldModel), "what load_dream loads"
+        if dream.world_model.config.text == "none":
+            raise WorldlineError(
+                f"--instruction: {config.world_model} was trained without instructions (text='none'). Train with --model.text hashed."
+            )
+        starts = replace(starts, instruction=(config.instruction,))
+    made = rollout(
         dream,
-        replays,
-        actions=replays.actions * sign,
+        None,
+        None,
+        starts,
+        frames=replays.poses.shape[1],
         seeds=torch.tensor([config.seed]),
+        actions=None if config.actions == "none" else replays.actions * signs[config.actions],
+        keep_frames=True,
         progress="imagine" if progress else None,
     )
     label = "imagined" if config.actions == "true" else f"imagined, actions {config.actions}"
+    if config.instruction is not None:
+        label += f": {config.instruction}"
     grid = video_grid({"real": _one(replays.frames, 0), label: _one(made.frames, 0)})
     write_mp4(config.out, grid, dream.spec.fps)
     return config.out
@@ -134,6 +153,9 @@ class Evaluate(SamplingFlags):
     hidden: tuple[str, ...] = ()
     """Cameras whose first frame is kept from the dream: it imagines them from the others. Needs a model trained with
     --model.camera-dropout."""
+    noisy: dict[str, float] = field(default_factory=dict)
+    """Cameras whose first frame is shown through Gaussian noise, and its standard deviation (of the range 0 to 1): how much does a
+    worse picture cost? A model trained with --model.camera-noise bears more."""
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
@@ -149,7 +171,7 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     replays, datasets, left_out = _open_replays(config, dream)
     ranges = range_results(replays.actions, dream.spec.action)
-    replays = replace(within_range(replays, dream.spec.action, clip=config.clip_actions), hidden=_hidden(config, dream))
+    replays = replace(within_range(replays, dream.spec.action, clip=config.clip_actions), **_degraded(config, dream))
     judges = _load_judges(config, dream.spec)
     found = evaluate_world_model(
         dream,
@@ -217,14 +239,20 @@ def _open_replays(config: Evaluate, dream: Dream) -> tuple[Replays, list[LeRobot
     return parts[0] if len(parts) == 1 else join_replays(parts), datasets, left_out
 
 
-def _hidden(config: Evaluate, dream: Dream) -> tuple[str, ...]:
-    """Raises `WorldlineError` for a camera that the world model does not have, or if all are hidden."""
+def _degraded(config: Evaluate, dream: Dream) -> dict[str, Any]:
+    """Which cameras are hidden or noisy. Raises `WorldlineError` for one that the world model does not have, if all are hidden, or
+    for noise that is not a positive number."""
     cameras = [c.name for c in dream.spec.cameras]
+    for camera, std in config.noisy.items():
+        if camera not in cameras or not 0 < std < math.inf:
+            raise WorldlineError(
+                f"--noisy: one of {', '.join(cameras)} and a positive number required, got {camera} {std:g}"
+            )
     if (unknown := set(config.hidden) - set(cameras)) or set(config.hidden) == set(cameras):
         raise WorldlineError(
             f"--hidden: some but not all of {', '.join(cameras)} required, got {', '.join(sorted(unknown or cameras))}"
         )
-    return config.hidden
+    return {"hidden": config.hidden, "noisy": config.noisy}
 
 
 def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any]:
@@ -237,6 +265,7 @@ def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any
         seed=config.seed,
         overridden=tuple(config.sampling()),
         hidden=config.hidden,
+        noisy=config.noisy,
     )
 
 

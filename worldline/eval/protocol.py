@@ -6,6 +6,7 @@ the same. A change of any field below, or of what a measure means, is a new vers
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from worldline.eval.video_metrics import MOVED_THRESHOLD
@@ -48,6 +49,7 @@ def protocol_results(
     seed: int,
     overridden: tuple[str, ...] = (),
     hidden: tuple[str, ...] = (),
+    noisy: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The protocol, what this run used of what it leaves open, and where the run departs from it.
 
@@ -55,12 +57,13 @@ def protocol_results(
         frames: of each rollout, the context included.
         sampling: the world model's settings, by name.
         overridden: sampling settings that were not the checkpoint's own.
-        hidden: cameras kept from the dream.
+        hidden, noisy: cameras kept from the dream, or shown to it through noise of this standard deviation.
     """
     deviations = [f"{name} is not the checkpoint's own" for name in overridden]
     if seed != PROTOCOL.seed:
         deviations.append(f"seed {seed} instead of {PROTOCOL.seed}")
     deviations += [f"camera {camera} is hidden from the dream" for camera in hidden]
+    deviations += [f"camera {camera} is noisy at the start (std {std:g})" for camera, std in noisy.items()]
     if frames - 1 < PROTOCOL.excess_frames[1]:
         deviations.append(f"{frames - 1} imagined frames: drift and late clips ask for {PROTOCOL.excess_frames[1]}")
     used = {

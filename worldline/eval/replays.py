@@ -1,7 +1,7 @@
 """Real episodes as a world model sees them: strided frames and whole action blocks, to be imagined again and compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,23 @@ class Replays:
     states: Float[Tensor, "n t s"]
     causes: tuple[str, ...]
     hidden: tuple[str, ...] = ()  # cameras that a dream is not shown, though they are there to compare with
+    noisy: Mapping[str, float] = field(
+        default_factory=dict
+    )  # cameras that a dream is shown through Gaussian noise, and its std
 
     @property
     def first(self) -> Observation:
         """What dreams of these episodes begin with."""
-        shown = {c: x[:, 0] for c, x in self.frames.items() if c not in self.hidden}
+        shown = {c: _grainy(x[:, 0], self.noisy.get(c, 0.0)) for c, x in self.frames.items() if c not in self.hidden}
         return Observation(images=shown, pose=self.poses[:, 0], instruction=self.instruction)
+
+
+def _grainy(images: UInt8[Tensor, "n c h w"], std: float) -> UInt8[Tensor, "n c h w"]:
+    """With Gaussian noise of `std` (of the range 0 to 1), the same every time."""
+    if not std:
+        return images
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 255 * std * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def load_replays(

@@ -114,11 +114,15 @@ class Dream:
             world = self.world_model.observe(clip)
         return DreamState(world=world, observation=observation, seeds=seeds)
 
-    def step(self, state: DreamState, block: Float[Tensor, "n k a"]) -> DreamState:
-        """One frame on. The block is clipped to the action range first, as an environment would."""
+    def step(self, state: DreamState, block: Float[Tensor, "n k a"] | None) -> DreamState:
+        """One frame on. The block is clipped to the action range first, as an environment would.
+
+        None: whatever may follow, by the instruction alone; `SpecMismatch` if the world model has not learned that.
+        """
         low, high = torch.tensor(self.spec.action.low), torch.tensor(self.spec.action.high)
+        actions = None if block is None else block.clamp(low, high)[:, None]
         with self.timer("denoiser"):
-            world, made = self.world_model.imagine(state.world, block.clamp(low, high)[:, None], seeds=state.seeds)
+            world, made = self.world_model.imagine(state.world, actions, seeds=state.seeds)
         with self.timer("decoder"):
             frames = self.tokenizer.decode(made.latents)
         observation = Observation(
@@ -135,7 +139,7 @@ class Rollouts:
 
     probability: Float[Tensor, "n t"]  # the scorer's success probability, frame by frame
     poses: Float[Tensor, "n t p"]
-    actions: Float[Tensor, "n t-1 k a"]
+    actions: Float[Tensor, "n _acted k a"]  # t-1 blocks; none where nothing acted
     frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]]  # empty unless they were asked for
 
 
@@ -152,13 +156,14 @@ def rollout(
     batch: int = 32,
     progress: str | None = None,
 ) -> Rollouts:
-    """Imagine `frames` frames from each start, under a policy or (policy None) under given actions.
+    """Imagine `frames` frames from each start: under a policy, under given actions, or, with neither, whatever may follow by the
+    instruction alone (`Dream.step`).
 
     Raises `SpecMismatch` if the policy or the scorer requires cameras, actions or rates that the world model does not
     provide.
     """
-    if (policy is None) == (actions is None):
-        raise ValueError("either a policy or actions must be given")
+    if policy is not None and actions is not None:
+        raise ValueError("a policy or actions required, got both")
     if policy is not None:
         require_match(dream.spec, policy.spec, between="world model and policy")
     if scorer is not None:
@@ -207,11 +212,11 @@ def _rollout(
                 assert acting is not None
                 with timer("policy"):
                     block, acting = executor.block(state.observation, acting, seeds=seeds)
-            else:
-                assert actions is not None
+            elif actions is not None:
                 block = actions[:, i - 1]
             state = dream.step(state, block)
-            sent.append(block)
+            if block is not None:
+                sent.append(block)
             seen.append(state.observation)
             bar.update(len(starts))
         if scorer is not None:

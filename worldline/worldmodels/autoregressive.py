@@ -174,24 +174,33 @@ class AutoregressiveWorldModel(nn.Module):
         seeds = torch.zeros(n, dtype=torch.long, device=self.device)
         always = torch.ones(n, dtype=torch.bool, device=self.device)
         seen = {camera: clip.present.get(camera, always).to(self.device) for camera in units.frames}
-        nothing = torch.zeros(n, self.port.body.action_dim, device=self.device)
         for i in range(t):
             latents = {c: z[:, i] * seen[c][:, None, None, None] for c, z in units.frames.items()}
             frame = Frame(latents=latents, pose=units.poses[:, i], seen=seen)
-            state = self.streaming.append(state, frame, units.actions[:, i - 1] if i else nothing, seeds)
+            state = self.streaming.append(state, frame, units.actions[:, i - 1] if i else None, seeds)
         return state
 
     @torch.no_grad()
     def imagine(
-        self, state: StreamState, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"]
+        self, state: StreamState, actions: Float[Tensor, "n f k a"] | None, *, seeds: Int[Tensor, " n"]
     ) -> tuple[StreamState, Imagination]:
-        """The f frames that follow. Actions in physical units; latents come back raw, poses in physical units."""
-        flat, seeds = self._flat_actions(actions), seeds.to(self.device)
+        """The f frames that follow. Actions in physical units; latents come back raw, poses in physical units.
+
+        Without actions it is one frame, whatever may follow: by the instruction, if the model is told one. Raises `SpecMismatch`
+        if it never learned from clips without actions.
+        """
+        if actions is None and not self.config.actionless:
+            raise SpecMismatch(
+                "this world model requires actions: it never learned what follows when none is known (actionless=0). Give a policy "
+                "or actions, or train with --model.actionless 0.5."
+            )
+        seeds = seeds.to(self.device)
+        blocks = [None] if actions is None else self._flat_actions(actions).unbind(1)
         state = replace(state, cache=state.cache.clone())  # the rest of this call writes into its own copy
         latents: dict[str, list[Tensor]] = {camera: [] for camera in self.port.keys}
         poses = []
-        for i in range(flat.shape[1]):
-            state, frame = self.streaming.next(state, flat[:, i], seeds)
+        for block in blocks:
+            state, frame = self.streaming.next(state, block, seeds)
             for camera, z in frame.latents.items():
                 latents[camera].append(z)
             poses.append(frame.pose)

@@ -22,7 +22,13 @@ class AutoregressiveConfig:
     own_history: float = 0.0  # share of batches whose history is what the network itself imagines (`training`)
     own_rounds: int = 2  # so many frames of its own errors at the most
     action_dropout: float = 0.0  # share of targets that are not told their action: what guidance compares with
+    actionless: float = (
+        0.0  # share of clips of which no action is known at all: what a dream by the instruction alone asks for
+    )
     camera_dropout: float = 0.0  # share of a clip's cameras that are not seen up to a frame drawn
+    camera_noise: float = (
+        0.0  # share of a clip's cameras that are noisy up to a frame drawn, by a level that is not told
+    )
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
     balance_weight: float = 0.01  # of the experts' load-balancing loss
     # how experts are chosen: learned, shuffled, uniform, fixed, or an embodiment's name: as for that one (`experts`)
@@ -34,7 +40,7 @@ class AutoregressiveConfig:
     cache_write: Literal["clean", "last-step"] = "clean"
 
     def __post_init__(self) -> None:
-        for name in ("action_dropout", "camera_dropout", "own_history"):
+        for name in ("action_dropout", "actionless", "camera_dropout", "camera_noise", "own_history"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share, at least 0 and below 1, got {getattr(self, name)}")
         if self.own_rounds < 1:

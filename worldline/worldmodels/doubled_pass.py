@@ -25,6 +25,7 @@ class NetworkClip:
     actions: Tensor  # "b t-1 k*a"
     text: Tensor | None  # "b e"
     aims: Tensor | None  # "b t p": to where commands have added up by each frame (`PoseGuess`)
+    acted: Tensor | None = None  # "b" bool: of which rows the actions are known, the history's as well; None: of all
 
     def after(self, lead: int) -> "NetworkClip":
         """Without the first `lead` frames."""
@@ -35,6 +36,7 @@ class NetworkClip:
             actions=self.actions[:, lead:],
             text=self.text,
             aims=None if self.aims is None else self.aims[:, lead:],
+            acted=self.acted,
         )
 
 
@@ -60,7 +62,7 @@ def doubled_batch(
         clip: what targets are made of.
         past: what history is made of: the same clip, or what was imagined in its place.
         history_level, target_level: "b t-1".
-        told: "b t-1" bool, whether a target is told its action (None: all are).
+        told: "b t-1" bool, whether a target is told its action (None: all are); in rows that are `acted`.
         seen: camera -> "b t-1" bool, whether the history frames hold that camera; all do where it is not named.
         generator: of the noise, which is drawn on the CPU so that it does not depend on the device.
     """
@@ -84,6 +86,8 @@ def doubled_batch(
     has_action[:, 0] = False
     if told is not None:
         has_action[:, t - 1 :] = told
+    if clip.acted is not None:
+        has_action &= clip.acted[:, None]
     time = torch.arange(t, device=poses.device)
     return FrameBatch(
         latents={camera: torch.cat([history[camera], target[camera]], 1) for camera in frames},

@@ -65,8 +65,9 @@ class Streaming:
             unwritten=None,
         )
 
-    def next(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[StreamState, Frame]:
-        """Imagine the frame that `action` "n k*a" leads to, and make it history. Writes into the state's cache."""
+    def next(self, state: StreamState, action: Tensor | None, seeds: Tensor) -> tuple[StreamState, Frame]:
+        """Imagine the frame that `action` "n k*a" leads to (None: whatever follows), and make it history. Writes into the state's
+        cache."""
         frame, asked = self._denoise(state, action, seeds)
         state = replace(state, unwritten=None)  # it has been written on the way
         written = asked if self.config.cache_write == "last-step" else None
@@ -80,7 +81,7 @@ class Streaming:
         return replace(state, unwritten=None)
 
     def append(
-        self, state: StreamState, frame: Frame, action: Tensor, seeds: Tensor, *, written: Frame | None = None
+        self, state: StreamState, frame: Frame, action: Tensor | None, seeds: Tensor, *, written: Frame | None = None
     ) -> StreamState:
         """Make a finished frame history: at the history level, unless the cache holds it already, as `written`."""
         state = self.write(state)
@@ -89,7 +90,7 @@ class Streaming:
         if held is None:
             held, at = self._as_history(state, frame, seeds), self.config.history_level
             level = torch.full((len(state),), at, device=frame.pose.device)
-            unwritten = self._batch(state, held, level, action, True)
+            unwritten = self._batch(state, held, level, action)
         bank = state.bank
         if bank is not None:
             kept = state.frames % self.config.network.memory.every == 0
@@ -102,7 +103,7 @@ class Streaming:
             latents=held.latents,
             seen=held.seen,
             pose=held.pose,
-            motion=motion_of(frame.pose, before, action),
+            motion=motion_of(frame.pose, before, self._block(state, action)),
             aim=self._next_aim(state, frame, action),
             bank=bank,
         )
@@ -114,33 +115,30 @@ class Streaming:
         state: StreamState,
         frame: Frame,
         level: Tensor,
-        action: Tensor,
+        action: Tensor | None,
         *,
         memory: ReadMemory | None = None,
-        told: bool = True,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One frame at `level` "n" through the network: its clean latents and pose. Its keys and values, and those of the frame
-        before if that is unwritten, are written to the state's cache in place. `told`: whether the network is told the action.
+        before if that is unwritten, are written to the state's cache in place. Without `action` it is not told which it was.
         """
-        batch = self._batch(state, frame, level, action, told)
+        batch = self._batch(state, frame, level, action)
         if state.unwritten is not None:
             batch = state.unwritten.then(batch)
         slot, visible = state.visible(batch.time)
         return self.network.stream(self.body, batch, state.cache, slot, visible, memory, self.config.router)
 
-    def read_memory(self, state: StreamState, action: Tensor) -> ReadMemory | None:
+    def read_memory(self, state: StreamState, action: Tensor | None) -> ReadMemory | None:
         """What is remembered for the next frame, as the network reads it. None without a memory."""
         if state.bank is None:
             return None
         last = Frame(latents=state.latents, pose=state.pose, seen=state.seen)
-        query = self.network.port(self.body).foretell(
-            self._batch(state, last, torch.zeros_like(state.frames), action, True)
-        )
+        query = self.network.port(self.body).foretell(self._batch(state, last, torch.zeros_like(state.frames), action))
         config = self.config.network
         found = recall(state.bank, query[:, 0], state.frames, config.memory, config.window)
         return self.network.read(self.body, found)
 
-    def _denoise(self, state: StreamState, action: Tensor, seeds: Tensor) -> tuple[Frame, Frame]:
+    def _denoise(self, state: StreamState, action: Tensor | None, seeds: Tensor) -> tuple[Frame, Frame]:
         """The next frame, and the noisy one that the solver last asked about, which the cache holds."""
         shapes = {camera: z.shape[1:] for camera, z in state.latents.items()} | {"": state.pose.shape[1:]}
         noise = [row_noise(seeds, state.frames, 0, tuple(s), stream=i) for i, s in enumerate(shapes.values())]
@@ -152,18 +150,18 @@ class Streaming:
             parts = [part.reshape(len(x), *s) for part, s in zip(x.split(sizes, 1), shapes.values())]
             return Frame(latents=dict(zip(state.latents, parts)), pose=parts[-1], seen=seen)
 
-        def ask(x: Tensor, level: Tensor, told: bool) -> Tensor:
+        def ask(x: Tensor, level: Tensor, action: Tensor | None) -> Tensor:
             nonlocal state
-            clean, pose = self.step(state, unpack(x), level, action, memory=memory, told=told)
+            clean, pose = self.step(state, unpack(x), level, action, memory=memory)
             state = replace(state, unwritten=None)  # written once is enough
             return torch.cat([*(z.flatten(1) for z in clean.values()), pose], dim=1)
 
         def predict(x: Tensor, level: Tensor) -> Tensor:
             asked[:] = [x]
-            if self.config.guidance == 1:
-                return ask(x, level, True)
-            free = ask(x, level, False)  # first: the keys and values that stay are those of the other
-            return torch.lerp(free, ask(x, level, True), self.config.guidance)
+            if self.config.guidance == 1 or action is None:
+                return ask(x, level, action)
+            free = ask(x, level, None)  # first: the keys and values that stay are those of the other
+            return torch.lerp(free, ask(x, level, action), self.config.guidance)
 
         start = torch.cat([z.flatten(1) for z in noise], dim=1)
         made = sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path)
@@ -173,10 +171,15 @@ class Streaming:
         guess = self.network.port(self.body).guess_pose
         return pose[:, :0] if guess is None else guess.start(pose)
 
-    def _next_aim(self, state: StreamState, frame: Frame, action: Tensor) -> Tensor:
-        """To where commands have added up by the frame that `action` led to; a row's first frame is taken to be at rest."""
+    def _next_aim(self, state: StreamState, frame: Frame, action: Tensor | None) -> Tensor:
+        """To where commands have added up by the frame that `action` led to; a row's first frame is taken to be at rest, and so is
+        one whose action is not known."""
         guess, rest = self.network.port(self.body).guess_pose, self._aim_at_rest(frame.pose)
-        return rest if guess is None else torch.where(state.frames[:, None] > 0, guess.aim(state.aim, action), rest)
+        return (
+            rest
+            if guess is None or action is None
+            else torch.where(state.frames[:, None] > 0, guess.aim(state.aim, action), rest)
+        )
 
     def _as_history(self, state: StreamState, frame: Frame, seeds: Tensor) -> Frame:
         """The frame at the history level. Cameras that are not seen stay zeros."""
@@ -193,7 +196,12 @@ class Streaming:
         }
         return Frame(latents=latents, pose=noised(frame.pose, len(latents)), seen=frame.seen)
 
-    def _batch(self, state: StreamState, frame: Frame, level: Tensor, action: Tensor, told: bool) -> FrameBatch:
+    def _block(self, state: StreamState, action: Tensor | None) -> Tensor:
+        """The block "n k*a"; zeros, which nothing looks at, where it is not known."""
+        width = self.network.port(self.body).body.action_dim
+        return state.pose.new_zeros(len(state), width) if action is None else action
+
+    def _batch(self, state: StreamState, frame: Frame, level: Tensor, action: Tensor | None) -> FrameBatch:
         return FrameBatch(
             latents={camera: z[:, None] for camera, z in frame.latents.items()},
             previous={camera: z[:, None] for camera, z in state.latents.items()},
@@ -202,8 +210,8 @@ class Streaming:
             motion=state.motion[:, None],
             aim=state.aim[:, None] if state.aim.shape[1] else None,
             level=level[:, None],
-            action=action[:, None],
-            has_action=(state.frames > 0)[:, None] & told,
+            action=self._block(state, action)[:, None],
+            has_action=(state.frames > 0)[:, None] & (action is not None),
             time=state.frames[:, None],
             seen={camera: there[:, None] for camera, there in frame.seen.items()},
             previous_seen={camera: there[:, None] for camera, there in state.seen.items()},

@@ -4,7 +4,7 @@ All in the network's units (whitened latents, normalised poses and blocks), by t
 once in a history stream and once in a target stream. History comes in three qualities, because a dream's history is not real:
 
 - clean, or at a noise level that the network is told (Astra);
-- with a camera unseen up to some frame;
+- with a camera unseen, or noisier than is told, up to some frame, or (`actionless`) with no action known of the whole clip;
 - imagined by the network itself, frame by frame from the frames before (`own_history`): the errors a dream meets are not noise but
   its own. Targets stay the true frames, so what is learned is to come back from them. (Scheduled sampling, 1506.03099, in
   parallel over the frames of a clip, one further frame of error a round.)
@@ -30,6 +30,7 @@ from worldline.worldmodels.ports import FrameBatch
 from worldline.worldmodels.transformer import Prediction, SpaceTimeTransformer, teacher_forcing_mask
 
 FOLLOWED = 64  # frames at the most
+CAMERA_NOISE = 0.5  # the highest level of a noisy camera
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +51,23 @@ class Training:
             whole: the clip in the network's units, its lead included.
             generator: of levels and noise, which are drawn on the CPU, so that they do not depend on the device.
         """
-        config, own = self.config, whole.after(clip.lead)
-        b, t, device = *own.poses.shape[:2], own.poses.device
+        config, device = self.config, whole.poses.device
+        if config.actionless:
+            acted = torch.rand(len(whole.poses), generator=generator) >= config.actionless
+            whole = replace(whole, acted=acted.to(device))
+        own, shown = whole.after(clip.lead), self.noisy(whole, clip.lead, generator)
+        b, t = own.poses.shape[:2]
         history_level = config.history.sample((b, t - 1), generator).to(device)
         target_level = config.target.sample((b, t - 1), generator).to(device)
         told = None
         if config.action_dropout:
             told = (torch.rand(b, t - 1, generator=generator) >= config.action_dropout).to(device)
+        if whole.acted is not None:
+            told = whole.acted[:, None].expand(b, t - 1) if told is None else told & whole.acted[:, None]
         seen = self.seen(clip, t - 1, generator)
-        history = own
+        history = shown.after(clip.lead)
         for _ in range(self.rounds(generator)):
-            history = self.imagined(clip, whole, history, seen, generator)
+            history = self.imagined(clip, shown, history, seen, generator)
         batch = doubled_batch(
             own,
             history,
@@ -70,7 +77,7 @@ class Training:
             seen=seen,
             generator=generator,
         )
-        made = self.predict(clip, whole, batch, seen, generator)
+        made = self.predict(clip, shown, batch, seen, generator)
         loss, metrics = self._errors(clip, whole, made, target_level, told)
         warped = self._warp_errors(clip, whole, generator)
         return loss + _mean(warped), metrics | {f"warp_error/{c}": e.detach() for c, e in warped.items()}
@@ -179,7 +186,8 @@ class Training:
         if begin:
             motion = motion_of(poses[:, 0], whole.poses[:, begin - 1], whole.actions[:, begin - 1])
         missed = _pose_miss(guess.follow(poses, actions, aims, first, motion), poses[:, 1:])
-        return _mean_where(missed, torch.arange(missed.shape[1], device=poses.device) >= first[:, None], empty=0.0)
+        there = torch.arange(missed.shape[1], device=poses.device) >= first[:, None]
+        return _mean_where(missed, there if whole.acted is None else there & whole.acted[:, None], empty=0.0)
 
     def _warp_errors(self, clip: Clip, whole: NetworkClip, generator: torch.Generator | None) -> dict[str, Tensor]:
         """What the memory's warp gets wrong, by camera, over all frames there are, one or two frames apart."""
@@ -220,6 +228,20 @@ class Training:
             seen[camera] = there.to(device)
         return seen
 
+    def noisy(self, whole: NetworkClip, lead: int, generator: torch.Generator | None) -> NetworkClip:
+        """What the network is shown of the clip: some cameras noisy up to a frame drawn, as from a worse lens (`camera_noise`)."""
+        if not self.config.camera_noise:
+            return whole
+        frames = {}
+        b, e = whole.poses.shape[:2]
+        for camera, z in whole.frames.items():
+            drawn = torch.rand(b, generator=generator) < self.config.camera_noise
+            until = torch.where(drawn, lead + torch.randint(1, e - lead, (b,), generator=generator), 0)
+            level = CAMERA_NOISE * torch.rand(b, generator=generator)[:, None] * (torch.arange(e) < until[:, None])
+            noise = torch.randn(z.shape, generator=generator).to(z)
+            frames[camera] = add_noise(linear_path, z, noise, level.to(z))
+        return replace(whole, frames=frames)
+
     def memories(
         self,
         clip: Clip,
@@ -242,7 +264,12 @@ class Training:
             own = seen.get(camera, always[:, None].expand(b, e - clip.lead - 1))
             there[camera] = torch.cat([before, own, always[:, None]], dim=1)
         # sampling looks up by the action, also for the frame that guidance imagines without it
-        query = self.network.port(self.body).foretell(replace(targets, has_action=torch.ones_like(targets.has_action)))
+        known = (
+            torch.ones_like(targets.has_action)
+            if whole.acted is None
+            else whole.acted[:, None].expand_as(targets.has_action)
+        )
+        query = self.network.port(self.body).foretell(replace(targets, has_action=known))
         level = self.config.history.sample((b, e), generator).to(device)
         noised = {}
         for camera, z in whole.frames.items():

@@ -91,7 +91,9 @@ def test_next_step_mode_delivers_the_last_observation_then_ignores_one_action() 
     assert (reward == 0).all() and not (terminated | truncated).any()
     assert not np.array_equal(observed["agent_pos"], last), "new episodes have begun"
     begun = torch.from_numpy(observed["agent_pos"].copy())
-    assert all((begun[i] == env.starts.pose).all(1).any() for i in range(N)), "at one of the starts, not one block on"
+    assert all((begun[i] == env.episodes.starts.pose).all(1).any() for i in range(N)), (
+        "at one of the starts, not one block on"
+    )
     after = env.step(block(env, 1.0))[0]["agent_pos"]
     assert np.allclose(after, move(begun, torch.from_numpy(block(env, 1.0))), atol=1e-6)
 

@@ -20,9 +20,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from worldline.executor import index_observation
 from worldline.rl_in_imagination.dream import Dream, DreamState
-from worldline.types import Observation, Score, Scorer, require_match
+from worldline.rl_in_imagination.episodes import ImaginedEpisodes
+from worldline.types import Observation, Score, Scorer
 
 
 class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
@@ -67,12 +67,10 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(
                 f"num_envs, horizon and starts must be at least 1, got {num_envs}, {horizon} and {len(starts)}"
             )
-        spec = dream.spec
-        require_match(spec, scorer.spec, between="world model and scorer", only=("cameras", "fps", "control_steps"))
-        own = getattr(scorer, "config", None)
-        self.threshold = getattr(own, "threshold", 0.5) if threshold is None else threshold
-        self.persist = getattr(own, "persist", 1) if persist is None else persist
-        self.dream, self.scorer, self.starts, self.horizon = dream, scorer, starts, horizon
+        self.episodes = ImaginedEpisodes(
+            dream, scorer, starts, rows=num_envs, horizon=horizon, threshold=threshold, persist=persist
+        )
+        spec, self.dream = dream.spec, dream
         self.num_envs, self.render_mode, self.autoreset_mode = num_envs, render_mode, autoreset_mode
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": spec.fps, "autoreset_mode": autoreset_mode}
         self._cameras = [c.name for c in spec.cameras]
@@ -86,19 +84,14 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = Box(low, high, dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators = [np.random.default_rng() for _ in range(num_envs)]
-        self._state: DreamState | None = None
-        self._scoring: Any = None
-        self._elapsed = torch.zeros(num_envs, dtype=torch.long)
-        self._held = torch.zeros(num_envs, dtype=torch.long)  # frames in a row above the threshold
         self._ended = torch.zeros(num_envs, dtype=torch.bool)
 
     @property
     def state(self) -> DreamState:
         """The dreams themselves: torch, on the model's device, to look into or to fork."""
-        if self._state is None:
+        if self.episodes.state is None:
             raise gymnasium.error.ResetNeeded("reset() is required before anything else, got none")
-        return self._state
+        return self.episodes.state
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
 
@@ -116,11 +109,11 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
         mask = np.ones(self.num_envs, bool) if given is None else np.asarray(given)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(f"reset_mask must be {self.num_envs} booleans, at least one True, got {given!r}")
-        if self._state is None and not mask.all():
+        if self.episodes.state is None and not mask.all():
             raise gymnasium.error.ResetNeeded("the first reset() must be of all rows, got a reset_mask")
         for row in np.flatnonzero(mask).tolist():
-            if seeds[row] is not None:
-                self._generators[row] = np.random.default_rng(seeds[row])
+            if (own := seeds[row]) is not None:
+                self.episodes.seed(row, own)
         score = self._begin(torch.from_numpy(mask))
         return self._observed(), self._infos({}, score, np.flatnonzero(mask).tolist())
 
@@ -133,11 +126,10 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
                 f"rows {resetting.nonzero().flatten().tolist()} have ended and must be reset first: "
                 'reset(options={"reset_mask": terminated | truncated})'
             )
-        score = self._advance(blocks)
+        score, ends = self.episodes.advance(blocks)
         if resetting.any():
             score = _pick(resetting, self._begin(resetting), score)
-        terminated = (self._held >= self.persist) & ~resetting
-        truncated = (self._elapsed >= self.horizon) & ~resetting
+        terminated, truncated = ends.terminated & ~resetting, ends.truncated & ~resetting
         self._ended = terminated | truncated
         reward = torch.where(resetting, 0.0, score.reward)
         rows, infos = range(self.num_envs), {}
@@ -164,30 +156,8 @@ class ImaginedVectorEnv(gymnasium.vector.VectorEnv):
     # --- the dream under it -------------------------------------------------------------------------------------------
 
     def _begin(self, mask: Tensor) -> Score:
-        """New episodes where `mask`: each row draws a start and a noise seed from its own generator."""
-        rows = mask.nonzero().flatten()
-        drawn = [self._generators[row].integers((len(self.starts), 1 << 62)) for row in rows.tolist()]
-        observation = index_observation(self.starts, torch.tensor([d[0] for d in drawn]))
-        fresh = self.dream.start(observation, seeds=torch.tensor([d[1] for d in drawn]))
-        scoring, score = self.scorer.step(self.scorer.reset(len(rows)), observation, None)
-        spread = (mask.long().cumsum(0) - 1).clamp(min=0)  # row of `fresh` for each row of this env
-        if self._state is None:
-            self._state, self._scoring = fresh, scoring
-        else:
-            self._state = self._state.where(mask, fresh.index(spread))
-            self._scoring = self._scoring.where(mask, scoring.index(spread))
-        score = Score(reward=score.reward[spread].cpu(), success=score.success[spread].cpu())
-        self._elapsed[mask], self._ended[mask] = 0, False
-        self._held = torch.where(mask, (score.success > self.threshold).long(), self._held)
-        return score
-
-    def _advance(self, blocks: Tensor) -> Score:
-        self._state = self.dream.step(self.state, blocks)
-        self._scoring, score = self.scorer.step(self._scoring, self._state.observation, blocks)
-        score = Score(reward=score.reward.cpu(), success=score.success.cpu())
-        self._elapsed = self._elapsed + 1
-        self._held = torch.where(score.success > self.threshold, self._held + 1, 0)
-        return score
+        self._ended[mask] = False
+        return self.episodes.begin(mask)
 
     def _checked(self, actions: np.ndarray) -> Tensor:
         blocks = np.array(actions, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Video to latents and back: pixel patches, autoencoders trained here, pretrained autoencoders."""
+"""Video to latents and back: pixel patches, autoencoders trained here, pretrained autoencoders. And actions to codes."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import diffusers
 
 from worldline import checkpoint
 from worldline.errors import CheckpointError
+from worldline.tokenizers.actions import TwoHot
 from worldline.tokenizers.autoencoder import AutoencoderConfig, AutoencoderTokenizer, build_autoencoder
 from worldline.tokenizers.base import Tokenizer, to_images, to_uint8
 from worldline.tokenizers.patches import PixelPatches
@@ -17,6 +18,7 @@ __all__ = [
     "AutoencoderTokenizer",
     "PixelPatches",
     "Tokenizer",
+    "TwoHot",
     "build_autoencoder",
     "load_tokenizer",
     "to_images",

@@ -283,10 +283,8 @@ class WorldModel(Protocol):
     def imagine(
         self, state: Any, actions: Float[Tensor, "n f k a"] | None, *, seeds: Int[Tensor, " n"]
     ) -> tuple[RowState, Imagination]:
-        """The f latent frames that follow; f a multiple of `spec.chunk`. Row i depends on row i alone.
-
-        Without actions one chunk, whatever may follow; raises `SpecMismatch` if the model has not learned that.
-        """
+        """The f latent frames that follow; f a multiple of `spec.chunk`. Row i depends on row i alone. Without actions one chunk,
+        whatever may follow; `SpecMismatch` if the model has not learned that."""
         ...
 
 

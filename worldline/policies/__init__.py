@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from worldline import checkpoint
 from worldline.errors import PolicyError
 from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
+from worldline.policies.heads import draw
+from worldline.policies.steered import KIND, SteeredPolicy
 from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer
 from worldline.types import Policy, WorldSpec
 
@@ -15,7 +18,9 @@ __all__ = [
     "EncoderConfig",
     "ObservationEncoder",
     "PolicyConfig",
+    "SteeredPolicy",
     "ThroughTokenizer",
+    "draw",
     "load_policy",
 ]
 
@@ -37,7 +42,9 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     elif ":" in base and "/" not in base:
         policy = CallablePolicy.load(base, spec)
     else:
-        policy = ClonedPolicy.from_pretrained(base)
+        folder = checkpoint.resolve(base)
+        steered = checkpoint.load_config(folder, part="policy")["kind"] == KIND
+        policy = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(folder)
     return Corrupted(policy, **_corruption(name, options)) if options else policy
 
 

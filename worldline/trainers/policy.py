@@ -1,4 +1,4 @@
-"""Stage `policy`: clone demonstrations with a Gaussian or a diffusion policy."""
+"""Stage `policy`: clone demonstrations with a Gaussian, a discretised or a diffusion policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,8 @@ class TrainPolicy:
     """Dataset folders."""
     out: Path
     """Folder for the checkpoint. A run that was interrupted goes on there."""
-    kind: Literal["bc", "diffusion"] = "bc"
-    """bc: Gaussian behaviour cloning. diffusion: a denoised action chunk."""
+    kind: Literal["bc", "discrete", "diffusion"] = "bc"
+    """bc: Gaussian behaviour cloning. discrete: each action dimension in bins (two-hot targets). diffusion: a denoised action chunk."""
     episodes: int | None = None
     """How many demonstrations to use, drawn by --loop.seed; all by default."""
     demonstrations: Literal["expert", "success", "all"] = "success"

@@ -1,0 +1,103 @@
+"""A diffusion policy that stays as it is, steered by the noise it begins with: how reinforcement learning moves it.
+
+The solver adds no noise of its own, so a chunk is a function of the observation and the noise at the start. A small Gaussian
+policy chooses that noise (DSRL 2506.15799); whatever it chooses, the actions stay among those the frozen policy can denoise to.
+Untrained it draws standard normal noise, and acts exactly as the policy it steers.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from worldline import checkpoint
+from worldline.data.normalization import RobustNormalizer
+from worldline.errors import PolicyError
+from worldline.policies.cloned import ClonedPolicy, PolicyConfig
+from worldline.policies.encoder import mlp
+from worldline.policies.heads import LEAST_LOG_STD, DiffusionHead, draw
+from worldline.types import Observation, TensorState, WorldSpec
+
+KIND = "steered"
+
+
+class SteeredPolicy(nn.Module):
+    """A `Policy`: `base`, frozen, and who chooses its noise. Raises `PolicyError` unless `base` is a diffusion policy."""
+
+    def __init__(self, base: ClonedPolicy) -> None:
+        super().__init__()
+        if not isinstance(base.head, DiffusionHead):
+            raise PolicyError(
+                f"a diffusion policy is required to steer by its noise, got one of kind {base.config.kind!r}. That has a density "
+                "of its own, and is refined as it is."
+            )
+        self.base = base.requires_grad_(False)
+        self.spec, self.size = base.spec, base.head.size
+        self.encoder = copy.deepcopy(base.encoder).requires_grad_(True)
+        self.net = mlp(self.encoder.width, base.config.hidden, self.size)
+        self.log_std = nn.Parameter(torch.zeros(self.size))
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def train(self, mode: bool = True) -> "SteeredPolicy":
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def distribution(self, observation: Observation) -> Independent:
+        """Of the noise, a row each; with gradients."""
+        device = self.base.low.device
+        frames = {camera: observation.images[camera].to(device) for camera in self.encoder.names}
+        features = self.encoder(frames, self.base.pose_normalizer.normalize(observation.pose.to(device)))
+        return Independent(Normal(self.net(features), self.log_std.clamp(LEAST_LOG_STD, 0).exp()), 1)
+
+    @torch.no_grad()
+    def chunk(self, choice: Float[Tensor, "n d"], observation: Observation) -> Float[Tensor, "n m a"]:
+        """The actions that noise leads to."""
+        assert isinstance(self.base.head, DiffusionHead)
+        return self.base.emit(self.base.head.denoise(self.base.features(observation), choice))
+
+    def reset(self, n: int) -> TensorState:
+        return self.base.reset(n)
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        return self.chunk(draw(self.distribution(observation), seeds), observation), state
+
+    def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
+        config = {
+            "policy": checkpoint.to_json(self.base.config),
+            "action_normalizer": self.base.action_normalizer.to_dict(),
+            "pose_normalizer": self.base.pose_normalizer.to_dict(),
+        }
+        checkpoint.save_part(
+            folder,
+            part="policy",
+            kind=KIND,
+            config=config,
+            spec=self.spec,
+            tensors=self.state_dict(),
+            provenance=provenance or {},
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SteeredPolicy":
+        def build(config: Any, spec: WorldSpec, source: str) -> "SteeredPolicy":
+            base = ClonedPolicy(
+                checkpoint.from_json(PolicyConfig, config["policy"], source=source),
+                spec,
+                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
+                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
+            )
+            return cls(base)
+
+        return checkpoint.load_part(folder, part="policy", build=build)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldline.executor import index_observation
@@ -72,11 +72,21 @@ class ImaginedEpisodes:
         """Decides the row's starts and noise from its next episode on."""
         self.generators[row] = np.random.default_rng(seed)
 
-    def begin(self, mask: Bool[Tensor, " n"]) -> Score:
-        """New episodes where `mask`; the score of the first frames, there and (anything) elsewhere."""
+    @property
+    def observation(self) -> Observation:
+        """What the rows see now."""
+        assert self.state is not None, "begin() first"
+        return self.state.observation
+
+    def begin(self, mask: Bool[Tensor, " n"], *, starts: Int[Tensor, " n"] | None = None) -> Score:
+        """New episodes where `mask`; the score of the first frames, there and (anything) elsewhere.
+
+        `starts`: which first observation each row begins at, instead of one drawn.
+        """
         rows = mask.nonzero().flatten()
         drawn = [self.generators[row].integers((len(self.starts), 1 << 62)) for row in rows.tolist()]
-        observation = index_observation(self.starts, torch.tensor([d[0] for d in drawn]))
+        where = torch.tensor([d[0] for d in drawn]) if starts is None else starts[rows]
+        observation = index_observation(self.starts, where)
         fresh = self.dream.start(observation, seeds=torch.tensor([d[1] for d in drawn]))
         scoring, score = self.scorer.step(self.scorer.reset(len(rows)), observation, None)
         spread = (mask.long().cumsum(0) - 1).clamp(min=0)  # row of `fresh` for each row

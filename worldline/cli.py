@@ -23,6 +23,7 @@ VERBS = {
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
+    "refine": "make a policy better inside a frozen world model",
     "show": "print what a checkpoint is and how it was made",
 }
 STAGES = {
@@ -30,7 +31,7 @@ STAGES = {
     "world-model": "the autoregressive denoiser",
     "world-models": "one denoiser for several robots, with action experts that they share",
     "scorer": "a success scorer, calibrated and audited",
-    "policy": "clone demonstrations (bc or diffusion)",
+    "policy": "clone demonstrations (bc, discrete or diffusion)",
     "probe": "a regressor that reads positions or actions off frames",
 }
 USAGE = """usage: worldline VERB [options]      (worldline VERB --help says more)
@@ -204,6 +205,19 @@ def _rank(rest: list[str]) -> None:
     print(f"done: {out / 'report.html'} and {out / 'report.json'}")
 
 
+def _refine(rest: list[str]) -> None:
+    from worldline.commands.outputs import release_claim
+    from worldline.commands.refining import Refine, run_refine
+
+    config = _parse(Refine, "refine", rest)
+    try:
+        out = run_refine(config)
+    except WorldlineError:
+        release_claim(config.out)
+        raise
+    print(f"done: {out / 'report.html'}; the policy is {out}")
+
+
 def _show(rest: list[str]) -> None:
     from worldline.commands.showing import Show, run_show
 
@@ -216,5 +230,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "imagine": _imagine,
     "eval": _eval,
     "rank": _rank,
+    "refine": _refine,
     "show": _show,
 }

@@ -165,7 +165,7 @@ class Updater:
         if found.get("kl", 0.0) > config.max_kl:
             raise WorldlineError(
                 f"the policy is {found['kl']:.3g} nats a decision away from the cloned one, at most {config.max_kl:g} required. "
-                "Lower --ppo.lr, raise --ppo.kl, or allow more with --ppo.max-kl."
+                "Lower --rl.ppo.lr, raise --rl.ppo.kl, or allow more with --rl.ppo.max-kl."
             )
         if critic is not None:
             variance = float(target[live].var())
@@ -195,7 +195,7 @@ class Updater:
 
     def _step(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise WorldlineError(f"a finite loss is required, got {float(loss.detach())}. Lower --ppo.lr.")
+            raise WorldlineError(f"a finite loss is required, got {float(loss.detach())}. Lower --rl.ppo.lr.")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), self.config.max_norm)

@@ -122,3 +122,19 @@ def episode_probability(probability: Float[Tensor, "n t"], *, persist: int) -> F
     if probability.shape[1] < persist:
         return torch.zeros(len(probability))
     return probability.unfold(1, persist, 1).amin(2).amax(1)
+
+
+# what a scorer may be trusted with: at least (or at most) this share of held-out success episodes called a success
+AUDIT = {"exact": (0.8, 1.0), "static": (0.0, 0.1), "blurred": (0.0, 0.3), "first_quarter": (0.0, 0.3)}
+
+
+def audit_failures(provenance: Mapping[str, Any]) -> list[str]:
+    """What of a scorer's audit (`trainers.scorer.audit`, stored with it) forbids to train a policy by it. Empty: nothing."""
+    audit = provenance.get("audit") or {}
+    if not audit.get("episodes"):
+        return ["no audit: its held-out episodes held no success to try it on"]
+    return [
+        f"{name}: a share between {low:g} and {high:g} called a success is required, got {audit[name]:.2f}"
+        for name, (low, high) in AUDIT.items()
+        if not low <= audit[name] <= high
+    ]

@@ -1,0 +1,250 @@
+"""Verb `refine`: make a policy better inside the frozen world model; with --truth, see in the simulator whether it did."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldline.commands.outputs import command_line
+from worldline.commands.recording import cores
+from worldline.commands.refining_page import refinement_page
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
+from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.eval import Report, video_grid
+from worldline.eval.intervals import newcombe_paired, wilson
+from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic
+from worldline.eval.replays import Replays
+from worldline.executor import index_observation
+from worldline.policies import load_policy
+from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
+from worldline.trainers.refinement import (
+    Judges,
+    Refinement,
+    RefineSettings,
+    check_scorer,
+    claim,
+    load_actor,
+    load_starts,
+    refine,
+)
+from worldline.types import require_match
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refine(SamplingFlags):
+    """Refine a cloned policy by reinforcement learning in a frozen world model: no further step in the environment.
+
+    Imagined episodes begin at first frames of --data's training episodes, the check at those of its held-out ones. The best policy by
+    that check is published in --out, which is a policy folder like any other; the same command goes on after an interruption.
+
+    Example: worldline refine --policy runs/bc50 --world-model runs/wm --scorer runs/success --data data/drawer --out runs/refined
+    """
+
+    policy: Path
+    """A policy folder: bc and discrete ones learn themselves, a diffusion policy is steered by its noise."""
+    world_model: Path
+    scorer: Path
+    data: tuple[Path, ...]
+    """Datasets with the real first frames; those with success labels also set the threshold."""
+    out: Path
+    rl: RefineSettings = field(default_factory=RefineSettings)
+    threshold: float | None = None
+    """Success probability that counts as success in the dream; by default chosen on imagined replays of held-out episodes."""
+    override_audit: bool = False
+    """Use a scorer that failed its audit. The report says so."""
+    truth: str | None = None
+    """Simulator that judges every checked policy afterwards, for example metaworld/drawer-open-v3. It is never trained in."""
+    truth_episodes: int = 50
+    seed_of_truth: int = 1
+    processes: int | None = None
+    """Simulator processes; one a core by default."""
+    videos: int = 3
+    """Held-out starts shown before and after."""
+
+    def __post_init__(self) -> None:
+        if self.truth_episodes < 1 or self.videos < 0:
+            raise ValueError(
+                f"truth_episodes of at least 1 and videos of at least 0 required, got {self.truth_episodes} and {self.videos}"
+            )
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold between 0 and 1 required, got {self.threshold}")
+
+
+def run_refine(config: Refine, *, progress: bool = True) -> Path:
+    """Refine, write the report, return the folder."""
+    failures = check_scorer(config.scorer, override=config.override_audit)
+    dream = load_dream(config.world_model, config.sampling())
+    scorer = SuccessScorer.from_pretrained(config.scorer)
+    require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+    held_out = load_starts(config.data, "held-out", dream, frames=None)
+    starts = load_starts(config.data, "train", dream).first
+    made_from = {
+        "policy": weights_of(config.policy),
+        "world_model": weights_of(config.world_model),
+        "scorer": scorer.name,
+        "data": [str(folder) for folder in config.data],
+    }
+    claim(config.out, config.rl, {**made_from, "threshold": config.threshold, "sampling": config.sampling()})
+    kept = Kept(config.out / "rollouts")
+    diagnostic = _replay(config, dream, scorer, held_out, kept, progress)
+    threshold = config.threshold
+    if threshold is None:
+        threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
+    judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist)
+    actor = load_actor(config.policy, judges, least_std=config.rl.least_std)
+    found = refine(
+        actor,
+        judges,
+        starts,
+        held_out,
+        config.rl,
+        config.out,
+        provenance={"refined_from": str(config.policy), **made_from},
+        progress=progress,
+    )
+    truth = _truth(config, judges, found, kept, progress) if config.truth else None
+    results = {
+        "best_iteration": found.best,
+        "stopped": found.stopped,
+        "threshold": threshold,
+        "history": found.history,
+        "checks": found.checks,
+        "audit_failures": failures,
+        "frozen": dict(found.fingerprints),
+        "replayed": None if diagnostic is None else hallucination(diagnostic),
+        "replay_diagnostic": None if diagnostic is None else diagnostic.to_dict(),
+        "truth": truth,
+    }
+    provenance = {
+        "policy": f"{config.policy} ({made_from['policy']})",
+        "world model": made_from["world_model"],
+        "scorer": scorer.name,
+    }
+    report = Report(
+        f"Refinement of {config.policy.name}", command=command_line("refine", config), provenance=provenance
+    )
+    refinement_page(report, results, failures)
+    _videos(report, config, judges, held_out)
+    report.write(config.out, results)
+    return config.out
+
+
+def hallucination(diagnostic: ReplayDiagnostic) -> dict[str, Any]:
+    """Of held-out episodes that truly failed, how many the dream of their own actions and the scorer call a success."""
+    episodes, true, said = (sum(row[i] for row in diagnostic.by_cause.values()) for i in range(3))
+    wrong = diagnostic.calibration.false_positives
+    return {"failures": episodes - true, "called_success": wrong, "successes": true, "imagined_successes": said}
+
+
+def _replay(
+    config: Refine, dream: Dream, scorer: SuccessScorer, held_out: Replays, kept: Kept, progress: bool
+) -> ReplayDiagnostic | None:
+    """The diagnostic on held-out episodes; None where none is labelled."""
+    if held_out.frame_success is None:
+        return None
+
+    def imagine() -> dict[str, Tensor]:
+        return {"probability": imagine_replays(dream, scorer, held_out, progress=progress)}
+
+    key = [
+        "replayed",
+        weights_of(config.world_model),
+        weights_of(config.scorer),
+        config.sampling(),
+        [str(d) for d in config.data],
+    ]
+    return replay_diagnostic(scorer, held_out, kept(key, imagine)["probability"])
+
+
+def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progress: bool) -> dict[str, Any]:
+    """Of every checked policy: true and imagined success from the same starts, and how often the dream made a failure a success."""
+    spec, frames = judges.dream.spec, config.rl.frames
+    assert config.truth is not None
+    settings = TruthSettings(
+        world=config.truth,
+        spec=spec,
+        episodes=config.truth_episodes,
+        starts=config.truth_episodes,
+        horizon=(frames - 1) * spec.control_steps,
+        frames=frames,
+        seed=config.seed_of_truth,
+        processes=cores() if config.processes is None else config.processes,
+    )
+    persist, rows = judges.persist, []
+    successes: dict[int, Tensor] = {}
+    with Truth(settings, kept) as truth:
+        starts = truth.starts()
+        for check in found.checks:
+            iteration = int(check["iteration"])
+            folder = config.out / "checked" / f"{iteration:04d}"
+            policy = load_policy(str(folder), spec=spec)
+            shown = f"simulate iteration {iteration}" if progress else None
+            true = episode_success(
+                truth.frame_success(identity_of(str(folder), policy), policy, progress=shown), persist=persist
+            )
+
+            def imagine(policy: Any = policy) -> dict[str, Tensor]:
+                seeds = torch.arange(len(starts)) + 104_729
+                return {
+                    "probability": rollout(
+                        judges.dream, policy, judges.scorer, starts, frames=frames, seeds=seeds
+                    ).probability
+                }
+
+            key = [
+                "dreamt",
+                weights_of(folder),
+                weights_of(config.world_model),
+                weights_of(config.scorer),
+                config.sampling(),
+                frames,
+            ]
+            said = episode_probability(kept([*key, settings.seeds], imagine)["probability"], persist=persist)
+            said = said > judges.threshold
+            between, failed = wilson(int(true.sum()), len(true)), int((~true).sum())
+            rows.append(
+                {
+                    "iteration": iteration,
+                    "true": float(true.float().mean()),
+                    "true_interval": [between.low, between.high],
+                    "imagined": float(said.float().mean()),
+                    "failures": failed,
+                    "called_success": int((said & ~true).sum()),
+                }
+            )
+            successes[iteration] = true
+    first, best = successes[0], successes[found.best]
+    gain = newcombe_paired(best.double().numpy(), first.double().numpy())
+    return {
+        "simulator": config.truth,
+        "episodes": config.truth_episodes,
+        "horizon": settings.horizon,
+        "checked": rows,
+        "gain": float(best.float().mean() - first.float().mean()),
+        "gain_interval": [gain.low, gain.high],
+    }
+
+
+def _videos(report: Report, config: Refine, judges: Judges, held_out: Replays) -> None:
+    """Dreams of the cloned and the refined policy from the same held-out starts with the same noise."""
+    rows = torch.arange(min(config.videos, len(held_out.poses)))
+    if not len(rows):
+        return
+    dreams = {}
+    for name, folder in (("before", config.out / "checked" / "0000"), ("refined", config.out)):
+        policy = load_policy(str(folder), spec=judges.dream.spec)
+        dreams[name] = rollout(
+            judges.dream,
+            policy,
+            None,
+            index_observation(held_out.first, rows),
+            frames=config.rl.frames,
+            seeds=rows + 7919,
+            keep_frames=True,
+        ).frames
+    for i in rows.tolist():
+        columns = {name: {c: x[i] for c, x in frames.items()} for name, frames in dreams.items()}
+        report.video(f"held-out start {i}, imagined", video_grid(columns, cell=128), judges.dream.spec.fps)

@@ -1,0 +1,89 @@
+"""The page of a refinement: what it gained where it can be told, the curves, and what to distrust."""
+
+from typing import Any
+
+from worldline.eval import Report
+from worldline.eval.plots import curve_bands
+
+
+def refinement_page(report: Report, results: dict[str, Any], failures: list[str]) -> None:
+    for failure in failures:
+        report.warning(f"The scorer failed its audit and is used by --override-audit. {failure}")
+    checks, truth, best = results["checks"], results["truth"], results["best_iteration"]
+    first = checks[0]
+    chosen = next(c for c in checks if int(c["iteration"]) == best)
+    report.text(
+        f"From held-out first frames **{first['success']:.0%}** of imagined episodes succeed before, **{chosen['success']:.0%}** "
+        f"[{chosen['low']:.2f}, {chosen['high']:.2f}] with the policy of iteration {best}, which is the one in this folder. "
+        f"Refinement ended because {results['stopped']}. What is imagined is not yet true: see below."
+    )
+    if best == 0:
+        report.warning("No check was better than the policy it began with, which is what this folder holds.")
+    if truth is None:
+        report.warning("Success here is imagined only. --truth SIMULATOR judges the checked policies in a simulator.")
+    else:
+        _truth(report, truth, best)
+    if (replayed := results["replayed"]) is not None and replayed["failures"]:
+        report.text(
+            f"Hallucinated successes, replayed: of {replayed['failures']} held-out episodes that truly failed, the dream of their own "
+            f"actions and the scorer call **{replayed['called_success']}** a success."
+        )
+    _curves(report, results, truth)
+    rows = [[int(c["iteration"]), c["success"], f"[{c['low']:.2f}, {c['high']:.2f}]", c["real_kl"]] for c in checks]
+    columns = ["iteration", "imagined success, held-out starts", "95%", "nats from the cloned policy on real frames"]
+    report.table("Checks", columns, rows)
+
+
+def _truth(report: Report, truth: dict[str, Any], best: int) -> None:
+    low, high = truth["gain_interval"]
+    report.text(
+        f"In the simulator ({truth['simulator']}, {truth['episodes']} episodes of {truth['horizon']} control steps, paired starts) the "
+        f"published policy is **{truth['gain']:+.0%}** [{low:+.2f}, {high:+.2f}] against the cloned one."
+    )
+    if high < 0:
+        report.warning("In the simulator the refined policy is worse than the cloned one: the dream was exploited.")
+    rows = [
+        [
+            r["iteration"],
+            r["true"],
+            f"[{r['true_interval'][0]:.2f}, {r['true_interval'][1]:.2f}]",
+            r["imagined"],
+            f"{r['called_success']} of {r['failures']}",
+        ]
+        for r in truth["checked"]
+    ]
+    report.table(
+        "Imagined against true success, from the same starts",
+        ["iteration", "true", "95%", "imagined", "failures that the dream calls a success"],
+        rows,
+        note=f"The published policy is that of iteration {best}.",
+    )
+
+
+def _curves(report: Report, results: dict[str, Any], truth: dict[str, Any] | None) -> None:
+    checks, history = results["checks"], results["history"]
+    curves: dict[str, dict[str, list[Any]]] = {
+        "imagined, held-out starts": {
+            "frame": [c["iteration"] for c in checks],
+            "mean": [c["success"] for c in checks],
+            "low": [c["low"] for c in checks],
+            "high": [c["high"] for c in checks],
+        }
+    }
+    if truth is not None:
+        rows = truth["checked"]
+        curves["true"] = {
+            "frame": [r["iteration"] for r in rows],
+            "mean": [r["true"] for r in rows],
+            "low": [r["true_interval"][0] for r in rows],
+            "high": [r["true_interval"][1] for r in rows],
+        }
+    report.plot("Success along the refinement", curve_bands(curves, ylabel="success rate", xlabel="iteration"))
+    moved = [h for h in history if "kl" in h]
+    if moved:
+        numbers = [h["iteration"] for h in moved]
+        lines = {
+            name: {"frame": numbers} | {part: [h[key] for h in moved] for part in ("mean", "low", "high")}
+            for name, key in (("from the cloned policy", "kl"), ("in one iteration", "step_kl"))
+        }
+        report.plot("How far the policy moved", curve_bands(lines, ylabel="nats a decision", xlabel="iteration"))

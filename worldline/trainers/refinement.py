@@ -1,0 +1,346 @@
+"""Refine a policy inside the frozen world model: collect imagined decisions, update, check, keep the best (World4RL 2509.19080).
+
+- An iteration's decisions begin at real first frames of training episodes, and are drawn by (seed, iteration) alone; so a killed
+  refinement goes on bit for bit.
+- The check rolls the policy out from first frames of held-out episodes, which it never trains on, with the same noise every time.
+  It needs no environment. The policy that is published is the one that did best there; when it has not improved for `patience`
+  checks, refinement stops.
+- Nothing of the world model, its tokenizer or the scorer learns: their fingerprints are compared at the end.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from worldline.checkpoint import fingerprint, load_config, read_tensors, resolve, to_json, write_tensors
+from worldline.errors import WorldlineError
+from worldline.eval.intervals import wilson
+from worldline.eval.replays import Replays, join_replays, load_replays
+from worldline.executor import index_observation
+from worldline.policies import ClonedPolicy, SteeredPolicy
+from worldline.policies.heads import DiffusionHead, GaussianHead
+from worldline.rl_in_imagination.collect import collect, require_actor
+from worldline.rl_in_imagination.dream import Dream, rollout
+from worldline.rl_in_imagination.episodes import ImaginedEpisodes
+from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork
+from worldline.rl_in_imagination.success import audit_failures, episode_probability
+from worldline.trainers.inputs import claim_output, open_datasets
+from worldline.types import Observation, Scorer, require_match
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefineSettings:
+    """How long, from where, and how it is watched."""
+
+    iterations: int = 40
+    rows: int = 32
+    """Episodes imagined side by side."""
+    frames: int = 41
+    """Of an episode, the real first one included."""
+    critic_first: int = 3
+    """Iterations in which the critic alone learns."""
+    progress: float = 0.0
+    """Weight of the shaping by the scorer's success probability: a reward before success is seen."""
+    least_std: float = 0.1
+    """Gaussian policies explore with at least this standard deviation (normalised actions); the most is 1."""
+    check_every: int = 5
+    """Iterations between checks on held-out first frames."""
+    check_episodes: int = 64
+    patience: int = 3
+    """Checks without an improvement after which refinement stops."""
+    seed: int = 0
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "rows", "check_every", "check_episodes", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.frames < 2 or self.critic_first < 0 or self.progress < 0 or not 0 < self.least_std <= 1:
+            raise ValueError(
+                "frames of at least 2, critic_first and progress of at least 0, least_std above 0 and at most 1 required, got "
+                f"{self.frames}, {self.critic_first}, {self.progress} and {self.least_std}"
+            )
+        if self.ppo.algorithm == "grpo" and self.rows % self.ppo.group:
+            raise ValueError(f"rows must be whole groups of {self.ppo.group} (grpo), got {self.rows}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judges:
+    """What stays as it is: the dream, the scorer, and the rule of success: a probability above `threshold` for `persist` frames."""
+
+    dream: Dream
+    scorer: Scorer
+    threshold: float
+    persist: int = 1
+
+    def fingerprints(self) -> dict[str, str]:
+        parts = {"world_model": self.dream.world_model, "tokenizer": self.dream.tokenizer, "scorer": self.scorer}
+        return {name: fingerprint(part.state_dict()) for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def load_actor(folder: str | Path, judges: Judges, *, least_std: float) -> Any:
+    """The policy to refine, as reinforcement learning moves it; a diffusion policy is steered by its noise.
+
+    Raises `PolicyError` or `SpecMismatch` naming what does not fit the world model.
+    """
+    root = resolve(folder)
+    steered = load_config(root, part="policy")["kind"] == "steered"
+    policy: Any = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(root)
+    if isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead):
+        policy = SteeredPolicy(policy)
+    require_actor(policy, judges.dream.spec)
+    require_match(judges.dream.spec, policy.spec, between=f"world model and policy {folder}")
+    if isinstance(policy, ClonedPolicy) and isinstance(policy.head, GaussianHead):
+        with torch.no_grad():
+            policy.head.log_std.clamp_(min=math.log(least_std))
+    return policy.eval()
+
+
+def check_scorer(folder: Path, *, override: bool) -> list[str]:
+    """What the scorer's audit found wrong. Raises `WorldlineError` for anything, unless `override`."""
+    failures = audit_failures(load_config(resolve(folder), part="scorer")["provenance"])
+    if failures and not override:
+        raise WorldlineError(
+            f"{folder}: a scorer that passed its audit is required, this one did not: {'; '.join(failures)}. Train it on more or "
+            "clearer successes, or use it all the same with --override-audit True (the report will say so)."
+        )
+    return failures
+
+
+def load_starts(data: tuple[Path, ...], split: str, dream: Dream, *, frames: int | None = 2) -> Replays:
+    """Episodes of a split, `frames` frames of each (the shortest's: None), as the world model sees them."""
+    cameras = [c.name for c in dream.spec.cameras]
+    parts = []
+    for s in open_datasets(data, split, cameras=cameras):
+        stride = max(1, dream.spec.control_steps // max(1, s.dataset.spec.control_steps))
+        require_match(replace(s, stride=stride).spec, dream.spec, between=f"dataset {s.dataset.root} and world model")
+        parts.append(load_replays(s.dataset, s.episodes, cameras=cameras, frames=frames, stride=stride))
+    return parts[0] if len(parts) == 1 else join_replays(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """What a refinement did. `history` holds a row for each iteration, `checks` one for each check; both JSON-like."""
+
+    history: list[dict[str, float]]
+    checks: list[dict[str, float]]
+    best: int  # the iteration whose policy is published
+    stopped: str
+    fingerprints: Mapping[str, str]
+
+
+def claim(out: Path, settings: RefineSettings, identity: Mapping[str, Any]) -> None:
+    """Make `out` this refinement's. What `identity` names must be the same when it goes on; it may be longer then."""
+    kept = {k: v for k, v in to_json(settings).items() if k not in ("iterations", "patience")}
+    claim_output(out, "refinement", {**identity, "settings": kept}, identity=(*identity, "settings"))
+
+
+def refine(
+    actor: Any,
+    judges: Judges,
+    starts: Observation,
+    held_out: Replays,
+    settings: RefineSettings,
+    out: Path,
+    *,
+    provenance: Mapping[str, Any],
+    progress: bool = True,
+) -> Refinement:
+    """Refine `actor`, publish the best in `out` and every checked one in `out/checked/ITERATION`. Goes on from `out/training`.
+
+    Args:
+        starts: real first observations that imagined episodes begin at.
+        held_out: real episodes for the check; whole ones say how far the policy moved where the robot has been.
+        out: a folder claimed for this run (`claim`).
+    """
+    before = judges.fingerprints()
+    torch.manual_seed(settings.seed)
+    critic = None
+    if settings.ppo.algorithm == "ppo":
+        normalizer = cloned(actor).pose_normalizer
+        critic = ValueNetwork(actor.encoder.config, actor.spec, pose_normalizer=normalizer).eval()
+    updater = Updater(actor, critic, settings.ppo)
+    state = _State(out / "training" / "state.safetensors", updater)
+    iteration, history, checks = state.restore()
+    spec = actor.spec
+    frames_a_chunk = cloned(actor).config.chunk // spec.control_steps
+    episodes = ImaginedEpisodes(
+        judges.dream,
+        judges.scorer,
+        starts,
+        rows=settings.rows,
+        horizon=settings.frames - 1,
+        threshold=judges.threshold,
+        persist=judges.persist,
+    )
+    decisions = math.ceil((settings.frames - 1) / frames_a_chunk)
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
+    bar = tqdm(total=settings.iterations, initial=iteration, desc="refine", unit="iteration", disable=not progress)
+    stopped = "all iterations were run"
+    try:
+        while True:
+            # --- check: is it better where it has not trained? --------------------------------------------------------
+            last = iteration >= settings.iterations
+            if (iteration % settings.check_every == 0 or last) and not (
+                checks and checks[-1]["iteration"] == iteration
+            ):
+                found = check(actor, updater.reference, judges, held_out, settings)
+                checks.append({"iteration": float(iteration), **found})
+                facts = {**provenance, "iteration": iteration, "check": found}
+                actor.save_pretrained(out / "checked" / f"{iteration:04d}", provenance=facts)
+                if best_of(checks) == iteration:
+                    actor.save_pretrained(out, provenance=facts)
+                for name, value in found.items():
+                    writer.add_scalar(f"check/{name}", value, iteration)
+                bar.set_postfix({"held-out": f"{found['success']:.2f}"})
+                state.store(iteration, history, checks)
+            since = sum(c["iteration"] > best_of(checks) for c in checks)
+            if not last and since >= settings.patience:
+                stopped = f"{since} checks brought nothing better than iteration {best_of(checks)}"
+                break
+            if last:
+                break
+
+            # --- collect ----------------------------------------------------------------------------------------------
+            seed = settings.seed * 1_000_003 + iteration
+            generator = torch.Generator().manual_seed(seed)
+            begin, again = None, True
+            if settings.ppo.algorithm == "grpo":
+                count = settings.rows // settings.ppo.group
+                begin = torch.randint(len(starts), (count,), generator=generator)
+                begin, again = begin.repeat_interleave(settings.ppo.group), False
+            made = collect(
+                episodes,
+                actor,
+                critic,
+                decisions=decisions,
+                seed=seed,
+                starts=begin,
+                again=again,
+                progress=settings.progress,
+                discount=settings.ppo.discount,
+            )
+
+            # --- update -----------------------------------------------------------------------------------------------
+            try:
+                learned = updater.update(
+                    made, generator=generator, move=critic is None or iteration >= settings.critic_first
+                )
+            except ValueError as error:  # NaN rewards
+                raise WorldlineError(
+                    f"iteration {iteration}: {error}. The scorer gave them; train it again."
+                ) from error
+            iteration += 1
+            history.append({"iteration": float(iteration), **made.outcomes(), "frames": float(made.frames), **learned})
+            state.store(iteration, history, checks)
+
+            # --- log --------------------------------------------------------------------------------------------------
+            bar.update()
+            for name, value in history[-1].items():
+                if not math.isnan(value):
+                    writer.add_scalar(f"refine/{name}", value, iteration)
+    finally:
+        bar.close()
+        writer.close()
+    after = judges.fingerprints()
+    if after != before:
+        raise WorldlineError(f"the world model, tokenizer and scorer must stay as they were: {before}, got {after}")
+    return Refinement(history=history, checks=checks, best=best_of(checks), stopped=stopped, fingerprints=before)
+
+
+def best_of(checks: list[dict[str, float]]) -> int:
+    """The iteration that did best on held-out first frames; the first of equals."""
+    return int(max(checks, key=lambda c: (c["success"], -c["iteration"]))["iteration"])
+
+
+@torch.no_grad()
+def check(actor: Any, reference: Any, judges: Judges, held_out: Replays, settings: RefineSettings) -> dict[str, float]:
+    """Imagined success from held-out first frames, with its interval, and how far the policy moved on real held-out frames."""
+    rows = torch.arange(settings.check_episodes) % len(held_out.poses)
+    made = rollout(
+        judges.dream,
+        actor,
+        judges.scorer,
+        index_observation(held_out.first, rows),
+        frames=settings.frames,
+        seeds=torch.arange(settings.check_episodes) + 7919,
+    )
+    said = episode_probability(made.probability, persist=judges.persist) > judges.threshold
+    between = wilson(int(said.sum()), len(said))
+    seen = real_observations(held_out, 128)
+    away = kl_divergence(actor.distribution(seen), reference.distribution(seen)).mean()
+    return {
+        "success": float(said.float().mean()),
+        "low": between.low,
+        "high": between.high,
+        "real_kl": float(away),
+    }
+
+
+def real_observations(replays: Replays, most: int) -> Observation:
+    """At most so many frames of real episodes, evenly spread."""
+    n, t = replays.poses.shape[:2]
+    chosen = torch.linspace(0, n * t - 1, min(most, n * t)).long()
+    return Observation(
+        images={c: x.flatten(0, 1)[chosen] for c, x in replays.frames.items()},
+        pose=replays.poses.flatten(0, 1)[chosen],
+        instruction=tuple(replays.instruction[int(i) // t] for i in chosen),
+    )
+
+
+def cloned(actor: Any) -> ClonedPolicy:
+    """The policy that was learned from demonstrations."""
+    return actor.base if isinstance(actor, SteeredPolicy) else actor
+
+
+class _State:
+    """Everything a refinement needs to go on bit for bit, in one file."""
+
+    def __init__(self, path: Path, updater: Updater) -> None:
+        self.path = path
+        self.modules = {"actor": updater.actor, "reference": updater.reference, "critic": updater.critic}
+        self.optimizers = {"actor": updater.optimizer, "critic": updater.critic_optimizer}
+
+    def store(self, iteration: int, history: list[dict[str, float]], checks: list[dict[str, float]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Module):
+                tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            slots = {} if optimizer is None else optimizer.state_dict()["state"]
+            for index, values in slots.items():
+                tensors |= {f"optimizer/{name}/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
+        told = json.dumps({"iteration": iteration, "history": history, "checks": checks}).encode()
+        write_tensors(self.path, {**tensors, "told": torch.frombuffer(bytearray(told), dtype=torch.uint8)})
+
+    def restore(self) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
+        if not self.path.is_file():
+            return 0, [], []
+        tensors = read_tensors(self.path)
+        for name, module in self.modules.items():
+            if isinstance(module, nn.Module):
+                head = f"{name}/"
+                module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
+        for name, optimizer in self.optimizers.items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer/{name}/"):
+                    _, _, index, slot = key.split("/")
+                    slots.setdefault(int(index), {})[slot] = value
+            if optimizer is not None:
+                optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        told = json.loads(bytes(tensors["told"].tolist()))
+        log.info("resuming refinement at iteration %d", told["iteration"])
+        return told["iteration"], told["history"], told["checks"]

@@ -66,6 +66,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         *(("commands.recording", f"run_{verb}") for verb in ("record", "inspect")),
         *(("commands.dreaming", f"run_{verb}") for verb in ("imagine", "eval")),
         ("commands.ranking", "run_rank"),
+        ("commands.refining", "run_refine"),
         ("commands.showing", "run_show"),
     ):
         monkeypatch.setattr(importlib.import_module(f"worldline.{module}"), function, stub)

@@ -64,7 +64,7 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(judges: Judges, held_out: Replays, dots: Path, policy: Path, out: Path, **changes) -> Refinement:
     settings = replace(SETTINGS, **changes)
-    actor = load_actor(policy, judges, least_std=settings.least_std)
+    actor = load_actor(policy, SPEC, least_std=settings.least_std)
     claim(out, settings, IDENTITY)
     starts = load_starts((dots,), "train", judges.dream).first
     return refine(actor, judges, starts, held_out, settings, out, provenance={"from": "test"}, progress=False)
@@ -126,8 +126,8 @@ def test_other_settings_are_refused_and_more_iterations_are_not(judges, held_out
     assert len(run(judges, held_out, dots, cloned, tmp_path / "r", iterations=2).history) == 2
 
 
-def test_exploration_has_a_floor_and_a_ceiling(judges, cloned) -> None:
-    std = load_actor(cloned, judges, least_std=0.3).head.distribution(torch.zeros(1, 34)).base_dist.stddev
+def test_exploration_has_a_floor_and_a_ceiling(cloned) -> None:
+    std = load_actor(cloned, SPEC, least_std=0.3).head.distribution(torch.zeros(1, 34)).base_dist.stddev
     assert torch.allclose(std, torch.full_like(std, 0.3))
     wide = small_policy("bc")
     with torch.no_grad():
@@ -137,10 +137,10 @@ def test_exploration_has_a_floor_and_a_ceiling(judges, cloned) -> None:
 
 def test_a_diffusion_policy_is_steered(judges, held_out, dots, tmp_path) -> None:
     small_policy("diffusion").save_pretrained(tmp_path / "d")
-    actor = load_actor(tmp_path / "d", judges, least_std=0.1)
+    actor = load_actor(tmp_path / "d", SPEC, least_std=0.1)
     assert isinstance(actor, SteeredPolicy)
     run(judges, held_out, dots, tmp_path / "d", tmp_path / "out", iterations=2, critic_first=0)
-    again = load_actor(tmp_path / "out", judges, least_std=0.1)  # and a steered one goes on as it is
+    again = load_actor(tmp_path / "out", SPEC, least_std=0.1)  # and a steered one goes on as it is
     assert isinstance(again, SteeredPolicy)
 
 
@@ -148,7 +148,7 @@ def test_a_world_model_that_changes_is_an_error(held_out, dots, cloned, tmp_path
     tokenizer = dot_tokenizer()
     scorer = SuccessScorer(SuccessConfig(), SPEC)
     judges = Judges(dream=Dream(ExactDotWorldModel(tokenizer), tokenizer), scorer=scorer, threshold=0.5)
-    actor = load_actor(cloned, judges, least_std=0.3)
+    actor = load_actor(cloned, SPEC, least_std=0.3)
     starts = load_starts((dots,), "train", judges.dream).first
     step = scorer.step
 
@@ -164,12 +164,12 @@ def test_a_world_model_that_changes_is_an_error(held_out, dots, cloned, tmp_path
         refine(actor, judges, starts, held_out, settings, tmp_path / "m", provenance={}, progress=False)
 
 
-def test_what_does_not_fit_is_named(judges, dots, tmp_path) -> None:
+def test_what_does_not_fit_is_named(dots, tmp_path) -> None:
     policy = small_policy("bc")
     policy.spec = replace(SPEC, action=replace(SPEC.action, kind="absolute"))
     policy.save_pretrained(tmp_path / "absolute")
     with pytest.raises(SpecMismatch, match="absolute"):
-        load_actor(tmp_path / "absolute", judges, least_std=0.1)
+        load_actor(tmp_path / "absolute", SPEC, least_std=0.1)
     other = replace(SPEC, cameras=(replace(SPEC.cameras[0], height=32),))
     world = ExactDotWorldModel(dot_tokenizer())
     dream = Dream(world, dot_tokenizer())

@@ -1,5 +1,6 @@
 """Verb `refine`: make a policy better inside the frozen world model; with --truth, see in the simulator whether it did."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     scorer = SuccessScorer.from_pretrained(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+    actor = load_actor(config.policy, dream.spec, least_std=config.rl.least_std)
     held_out = load_starts(config.data, "held-out", dream, frames=None)
     starts = load_starts(config.data, "train", dream).first
     made_from = {
@@ -94,7 +96,6 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     if threshold is None:
         threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
     judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist)
-    actor = load_actor(config.policy, judges, least_std=config.rl.least_std)
     found = refine(
         actor,
         judges,
@@ -110,7 +111,8 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "best_iteration": found.best,
         "stopped": found.stopped,
         "threshold": threshold,
-        "history": found.history,
+        # no episode may have ended in an iteration: then its success is not a number
+        "history": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in found.history],
         "checks": found.checks,
         "audit_failures": failures,
         "frozen": dict(found.fingerprints),

@@ -35,7 +35,7 @@ from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork
 from worldline.rl_in_imagination.success import audit_failures, episode_probability
 from worldline.trainers.inputs import claim_output, open_datasets
-from worldline.types import Observation, Scorer, require_match
+from worldline.types import Observation, Scorer, WorldSpec, require_match
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +90,18 @@ class Judges:
         return {name: fingerprint(part.state_dict()) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def load_actor(folder: str | Path, judges: Judges, *, least_std: float) -> Any:
-    """The policy to refine, as reinforcement learning moves it; a diffusion policy is steered by its noise.
+def load_actor(folder: str | Path, spec: WorldSpec, *, least_std: float) -> Any:
+    """The policy to refine in a world of `spec`, as reinforcement learning moves it; a diffusion policy is steered by its noise.
 
-    Raises `PolicyError` or `SpecMismatch` naming what does not fit the world model.
+    Raises `PolicyError` or `SpecMismatch` naming what does not fit that world.
     """
     root = resolve(folder)
     steered = load_config(root, part="policy")["kind"] == "steered"
     policy: Any = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(root)
     if isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead):
         policy = SteeredPolicy(policy)
-    require_actor(policy, judges.dream.spec)
-    require_match(judges.dream.spec, policy.spec, between=f"world model and policy {folder}")
+    require_actor(policy, spec)
+    require_match(spec, policy.spec, between=f"world model and policy {folder}")
     if isinstance(policy, ClonedPolicy) and isinstance(policy.head, GaussianHead):
         with torch.no_grad():
             policy.head.log_std.clamp_(min=math.log(least_std))

@@ -55,8 +55,9 @@ def prepare(config: MakeInstructions) -> None:
     home = config.out
     record(home / "data", "arm/reach", config.episodes, policy="expert", seed=0)
     record(home / "test", "arm/reach", config.tests, policy="expert", seed=1000)
-    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(700 * config.budget))
-    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", loop=loop))
+    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(1400 * config.budget))
+    # the hand is a few pixels of the top view: with the usual weight of what moves it is hardly there after decoding
+    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", loop=loop, motion_weight=20.0))
     judge = LoopConfig(steps=int(1000 * config.budget), batch_size=64, lr=1e-3, ema=0.99)
     reader = probe.TrainProbe(
         data=(home / "data",),

@@ -67,6 +67,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         *(("commands.dreaming", f"run_{verb}") for verb in ("imagine", "eval")),
         ("commands.ranking", "run_rank"),
         ("commands.refining", "run_refine"),
+        ("commands.synthesizing", "run_synthesize"),
         ("commands.showing", "run_show"),
     ):
         monkeypatch.setattr(importlib.import_module(f"worldline.{module}"), function, stub)

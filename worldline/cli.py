@@ -24,6 +24,7 @@ VERBS = {
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
     "refine": "make a policy better inside a frozen world model",
+    "synthesize": "imagine episodes, keep the successes, write them as a dataset",
     "show": "print what a checkpoint is and how it was made",
 }
 STAGES = {
@@ -218,6 +219,13 @@ def _refine(rest: list[str]) -> None:
     print(f"done: {out / 'report.html'}; the policy is {out}")
 
 
+def _synthesize(rest: list[str]) -> None:
+    from worldline.commands.synthesizing import Synthesize, run_synthesize
+
+    out = run_synthesize(_parse(Synthesize, "synthesize", rest))
+    print(f"done: {out} and {out / 'synthesis' / 'report.html'}")
+
+
 def _show(rest: list[str]) -> None:
     from worldline.commands.showing import Show, run_show
 
@@ -231,5 +239,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "rank": _rank,
     "refine": _refine,
+    "synthesize": _synthesize,
     "show": _show,
 }

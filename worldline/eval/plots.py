@@ -204,3 +204,11 @@ def success_bars(
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def score_histogram(scores: Sequence[float], threshold: float) -> Figure:
+    """How many episodes have which score, and where the threshold lies."""
+    figure, axes = _figure(6.4, 3.2, xlabel="success probability kept up", ylabel="episodes")
+    axes.hist(scores, bins=np.linspace(0, 1, 26).tolist(), color=GREY)
+    axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
+    return figure

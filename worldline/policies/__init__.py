@@ -8,7 +8,7 @@ from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
 from worldline.policies.heads import draw
 from worldline.policies.steered import KIND, SteeredPolicy
-from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer
+from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer, Wandering
 from worldline.types import Policy, WorldSpec
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PolicyConfig",
     "SteeredPolicy",
     "ThroughTokenizer",
+    "Wandering",
     "draw",
     "load_policy",
 ]

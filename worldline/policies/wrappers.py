@@ -1,4 +1,4 @@
-"""Policies made of other things: a corrupted policy (noise, delay), one that sees through a tokenizer, any Python callable."""
+"""Policies made of other things: corrupted (noise, delay), wandering first, seeing through a tokenizer, any Python callable."""
 
 import importlib
 from collections.abc import Callable
@@ -63,6 +63,53 @@ class Corrupted:
         queue = torch.cat([state.pending, noisy.clamp(self.low, self.high)], dim=1)
         m = chunk.shape[1]
         return queue[:, :m], CorruptedState(inner=inner, pending=queue[:, m:])
+
+
+class Wandering:
+    """A policy that first walks `blocks` blocks in a random direction, drawn by the row's seed: from there it acts as it does.
+
+    Args:
+        spread: standard deviation of the direction, in half ranges of the action.
+    """
+
+    def __init__(self, policy: Policy, *, blocks: int, spread: float) -> None:
+        if blocks < 1 or spread < 0:
+            raise PolicyError(f"blocks must be at least 1 and spread at least 0, got {blocks} and {spread}")
+        self.policy, self.blocks, self.spread, self.spec = policy, blocks, spread, policy.spec
+
+    def reset(self, n: int) -> "WanderingState":
+        return WanderingState(inner=self.policy.reset(n), gone=torch.zeros(n, dtype=torch.bool))
+
+    def act(
+        self, observation: Observation, state: "WanderingState", *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], "WanderingState"]:
+        """All rows must begin together: those asked are all at their first chunk, or none is."""
+        assert bool(state.gone.all()) or not bool(state.gone.any()), "rows that begin together"
+        if bool(state.gone.all()):
+            chunk, inner = self.policy.act(observation, state.inner, seeds=seeds)
+            return chunk, replace(state, inner=inner)
+        low, high = torch.tensor(self.spec.action.low), torch.tensor(self.spec.action.high)
+        way = (low + high) / 2 + self.spread * (high - low) / 2 * row_noise(seeds, 0, 0, (len(low),), stream=11)
+        walk = way.clamp(low, high)[:, None].repeat(1, self.blocks * self.spec.control_steps, 1)
+        return walk, replace(state, gone=torch.ones_like(state.gone))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WanderingState:
+    """The inner policy's state, and which rows have walked."""
+
+    inner: Any
+    gone: Bool[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.gone)
+
+    def index(self, rows: Int[Tensor, " r"]) -> "WanderingState":
+        return WanderingState(inner=self.inner.index(rows), gone=self.gone[rows])
+
+    def where(self, mask: Bool[Tensor, " n"], other: "WanderingState") -> "WanderingState":
+        gone = torch.where(mask, other.gone, self.gone)
+        return WanderingState(inner=self.inner.where(mask, other.inner), gone=gone)
 
 
 class ThroughTokenizer:

@@ -1,19 +1,19 @@
 """Stage `policy`: clone demonstrations with a Gaussian, a discretised or a diffusion policy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from worldline.errors import DatasetError
+from worldline.errors import CheckpointError, DatasetError
 from worldline.policies import ClonedPolicy, PolicyConfig
 from worldline.trainers.inputs import Selection, claim_output, data_provenance, fit_normalizers, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
-from worldline.types import Episode
+from worldline.types import Episode, WorldSpec, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,11 @@ class TrainPolicy:
     """How many demonstrations to use, drawn by --loop.seed; all by default."""
     demonstrations: Literal["expert", "success", "all"] = "success"
     """Which episodes are demonstrations: recorded by the expert, labelled successful, or all."""
+    imagined_share: float | None = None
+    """Share of every batch that is drawn from imagined episodes (`worldline synthesize`), the rest from real ones; by default all
+    frames count alike."""
+    init_from: Path | None = None
+    """A policy to go on from: its weights and its normalisation. Kind and sizes must be the same."""
     stride: int = 1
     """Dataset frames per frame that the policy sees and is asked at: that of the world model it will act in."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -41,6 +46,8 @@ class TrainPolicy:
     def __post_init__(self) -> None:
         if self.episodes is not None and self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if self.imagined_share is not None and not 0 < self.imagined_share < 1:
+            raise ValueError(f"imagined_share between 0 and 1 required, got {self.imagined_share}")
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,6 +123,27 @@ def demonstrations(selections: Sequence[Selection], kind: str, count: int | None
     ]
 
 
+def is_imagined(episode: Episode) -> bool:
+    """Whether `worldline synthesize` made it."""
+    return episode.provenance.get("cause") == "imagined"
+
+
+def _begin_with(folder: Path, settings: PolicyConfig, spec: WorldSpec) -> ClonedPolicy:
+    """The policy to go on from. Raises `CheckpointError` if it is of another kind or size, `SpecMismatch` for another world."""
+    policy = ClonedPolicy.from_pretrained(folder)
+    require_match(spec, policy.spec, between=f"data and policy {folder}")
+    different = [
+        f"  policy.{f.name}: {getattr(policy.config, f.name)!r} required, got {getattr(settings, f.name)!r}"
+        for f in fields(PolicyConfig)
+        if f.name not in ("sample", "solver_steps") and getattr(policy.config, f.name) != getattr(settings, f.name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"--init-from {folder}: a policy of the same kind and size is required:\n" + "\n".join(different)
+        )
+    return policy.train()
+
+
 def run(config: TrainPolicy, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
     settings = replace(config.policy, kind=config.kind)
@@ -139,16 +167,23 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
             f"{settings.chunk}: use --policy.chunk {picked[0].spec.control_steps} or a smaller --stride."
         )
     claim_output(
-        config.out, "policy", config, identity=("data", "kind", "episodes", "demonstrations", "stride", "policy")
+        config.out,
+        "policy",
+        config,
+        identity=("data", "kind", "episodes", "demonstrations", "imagined_share", "init_from", "stride", "policy"),
     )
-    actions, poses = fit_normalizers(picked)
-    torch.manual_seed(config.loop.seed)
     spec = picked[0].spec
-    policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
+    torch.manual_seed(config.loop.seed)
+    if config.init_from is None:
+        actions, poses = fit_normalizers(picked)
+        policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
+    else:
+        policy = _begin_with(config.init_from, settings, spec)
     provenance = {
         **data_provenance(picked, config.out),
         "demonstrations": sum(len(s.episodes) for s in picked),
         "episodes": {str(s.dataset.root): list(s.episodes) for s in picked},
     }
-    stage = _PolicyStage(policy, SampleDraw(picked, chunks(settings.chunk)), held_out)
+    share = {} if config.imagined_share is None else {"apart": is_imagined, "share": config.imagined_share}
+    stage = _PolicyStage(policy, SampleDraw(picked, chunks(settings.chunk), **share), held_out)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -39,6 +39,7 @@ class SampleDraw:
         target: episode -> (times "m", values "m ..."): the frames it is defined at, and its values there.
         window: frames stacked, the selections' stride apart; before the first frame the first one is repeated.
         balance: draw moments with target > 0.5 and the others equally often (binary targets).
+        apart, share: draw the moments of episodes for which `apart` holds with this share of every batch.
         camera: the one camera whose frames are given; by default all. Raises `SpecMismatch` if there is none of that name.
     """
 
@@ -49,18 +50,21 @@ class SampleDraw:
         *,
         window: int = 1,
         balance: bool = False,
+        apart: Callable[[Episode], bool] | None = None,
+        share: float = 0.5,
         camera: str | None = None,
     ) -> None:
         self.selections, self.window = selections, window
         spec = selections[0].spec
         self.spec = spec if camera is None else replace(spec, cameras=(spec.camera(camera),))
         self.moments: list[_Moments] = []
-        owner, flat = [], []
+        owner, flat, held = [], [], []
         for which, s in enumerate(selections):
             for number in s.episodes:
                 episode = s.dataset.episode(number)
                 times, values = target(episode)
                 owner += [len(self.moments)] * len(times)
+                held += [apart is not None and apart(episode)] * len(times)
                 flat.append(values)
                 self.moments.append(
                     _Moments(
@@ -79,8 +83,17 @@ class SampleDraw:
                 "Success labels, states or longer episodes are required."
             )
         self.owner, self.targets = torch.tensor(owner), torch.cat(flat)
-        self.pools = [torch.arange(len(owner))]
+        self.pools, self.shares = [torch.arange(len(owner))], (1.0,)
+        if apart is not None:
+            other = torch.tensor(held)
+            self.pools, self.shares = [(~other).nonzero().flatten(), other.nonzero().flatten()], (1 - share, share)
+            if not all(map(len, self.pools)):
+                raise DatasetError(
+                    f"moments of both kinds are required to mix {share:.0%} of one into the other, got {int((~other).sum())} and "
+                    f"{int(other.sum())}"
+                )
         if balance:
+            self.shares = (0.5, 0.5)
             positive = self.targets > 0.5
             self.pools = [(~positive).nonzero().flatten(), positive.nonzero().flatten()]
             if not all(map(len, self.pools)):
@@ -94,7 +107,8 @@ class SampleDraw:
 
     def batch(self, seed: int, step: int, size: int) -> Samples:
         """Moments of training step `step`: a function of the arguments alone."""
-        sizes = [(size + i) // len(self.pools) for i in range(len(self.pools))]  # sums to `size`, odd sizes too
+        last = int(size * self.shares[-1] + 0.5) if len(self.pools) > 1 else size
+        sizes = [size - last, last] if len(self.pools) > 1 else [last]
         chosen = [pool[draw(len(pool), seed + i, step, sizes[i])] for i, pool in enumerate(self.pools)]
         return self.gather(torch.cat(chosen))
 

@@ -48,10 +48,11 @@ def test_refined_policies_rank_and_refine_like_any_other(lab: Lab, worldline: Ru
 
 
 def test_grpo_and_diffusion_policies(lab: Lab, worldline: Run, tmp_path: Path) -> None:
-    grpo = ["--rl.ppo.algorithm", "grpo", "--rl.ppo.group", 2, "--rl.iterations", 1, "--videos", 0]
+    grpo = ["--rl.ppo.algorithm", "grpo", "--rl.ppo.group", 2, "--rl.iterations", 1, "--videos", 0, "--doubt-steps", 2]
     assert worldline(*command(lab, lab.diffusion, tmp_path / "steered", *grpo)).code == 0
     assert load_config(tmp_path / "steered", part="policy")["kind"] == "steered"
-    assert "value_error" not in results(tmp_path / "steered", videos=False)["history"][0]
+    found = results(tmp_path / "steered", videos=False)
+    assert "value_error" not in found["history"][0] and found["doubt"]["limit"] > 0
     assert worldline("show", tmp_path / "steered").code == 0
 
 
@@ -63,10 +64,12 @@ def test_what_cannot_be_refined_is_said(lab: Lab, worldline: Run, tmp_path: Path
         assert said.code == 2 and all(p in said.err for p in parts), said.err
         assert not out.exists() or not list(out.rglob("*.safetensors"))
 
-    audited = worldline(*command(lab, lab.bc, out, "--override-audit", False))
+    quick = ["--rl.iterations", 1, "--videos", 0, "--override-audit", False]
+    audited = worldline(*command(lab, lab.bc, tmp_path / "audited", *quick))
     if audited.code:  # the tiny scorer may pass
         assert "a scorer that passed its audit is required" in audited.err
     refused("a policy is required here, this is a scorer", policy=lab.scorer)
     refused("whole groups of 8 (grpo), got 4", more=("--rl.ppo.algorithm", "grpo"))
     refused("threshold between 0 and 1 required, got 1.5", more=("--threshold", 1.5))
+    refused("--doubt-steps: solver_steps=99 asks for level", more=("--doubt-steps", 99))
     refused("clip must be above 0", more=("--rl.ppo.clip", -1))

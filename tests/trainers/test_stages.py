@@ -154,6 +154,7 @@ def test_the_scorer_tells_success_from_failure(dots, patches, tmp_path):
     assert said["episode_accuracy"] == 1.0
     assert said["audit"]["exact"] == 1.0
     assert said["audit"]["static"] == 0.0  # a still first frame is no success
+    assert said["audit"]["blurred"] == 0.0  # nor is mush: it has been told so
     loaded = SuccessScorer.from_pretrained(tmp_path / "scorer")
     held_out = open_datasets((dots,), "held-out")
     logits, done, _ = scorer.read_episodes(loaded, held_out, None)

@@ -1,24 +1,27 @@
 """Verb `refine`: make a policy better inside the frozen world model; with --truth, see in the simulator whether it did."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
 from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
 from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
 from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic
 from worldline.eval.replays import Replays
 from worldline.executor import index_observation
 from worldline.policies import load_policy
+from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
 from worldline.trainers.refinement import (
@@ -54,6 +57,9 @@ class Refine(SamplingFlags):
     rl: RefineSettings = field(default_factory=RefineSettings)
     threshold: float | None = None
     """Success probability that counts as success in the dream; by default chosen on imagined replays of held-out episodes."""
+    doubt_steps: int = 0
+    """End imagined episodes that leave what the world model knows: where two denoisings of a frame, of so many solver steps, disagree
+    more than in dreams of held-out episodes. 2 costs about four more passes a frame; 0: never."""
     override_audit: bool = False
     """Use a scorer that failed its audit. The report says so."""
     truth: str | None = None
@@ -70,6 +76,8 @@ class Refine(SamplingFlags):
             raise ValueError(
                 f"truth_episodes of at least 1 and videos of at least 0 required, got {self.truth_episodes} and {self.videos}"
             )
+        if self.doubt_steps < 0:
+            raise ValueError(f"doubt_steps of at least 0 required, got {self.doubt_steps}")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"threshold between 0 and 1 required, got {self.threshold}")
 
@@ -80,6 +88,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     scorer = SuccessScorer.from_pretrained(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+    doubt = _doubt(config, dream)
     actor = load_actor(config.policy, dream.spec, least_std=config.rl.least_std)
     held_out = load_starts(config.data, "held-out", dream, frames=None)
     starts = load_starts(config.data, "train", dream).first
@@ -89,13 +98,18 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "scorer": scorer.name,
         "data": [str(folder) for folder in config.data],
     }
-    claim(config.out, config.rl, {**made_from, "threshold": config.threshold, "sampling": config.sampling()})
+    claim(
+        config.out,
+        config.rl,
+        {**made_from, "threshold": config.threshold, "sampling": config.sampling(), "doubt_steps": config.doubt_steps},
+    )
     kept = Kept(config.out / "rollouts")
     diagnostic = _replay(config, dream, scorer, held_out, kept, progress)
     threshold = config.threshold
     if threshold is None:
         threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
-    judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist)
+    doubt, doubted = _calibrated(doubt, held_out, progress)
+    judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist, doubt=doubt)
     found = refine(
         actor,
         judges,
@@ -118,6 +132,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "frozen": dict(found.fingerprints),
         "replayed": None if diagnostic is None else hallucination(diagnostic),
         "replay_diagnostic": None if diagnostic is None else diagnostic.to_dict(),
+        "doubt": None if doubted is None else to_json(doubted),
         "truth": truth,
     }
     provenance = {
@@ -159,6 +174,25 @@ def _replay(
         [str(d) for d in config.data],
     ]
     return replay_diagnostic(scorer, held_out, kept(key, imagine)["probability"])
+
+
+def _doubt(config: Refine, dream: Dream) -> Doubt | None:
+    """What ends episodes that leave the data, without a limit yet. Raises `WorldlineError` for solver steps that training never showed."""
+    if not config.doubt_steps:
+        return None
+    try:
+        return Doubt.of(dream, solver_steps=config.doubt_steps)
+    except ValueError as error:
+        raise WorldlineError(f"--doubt-steps: {error}") from error
+
+
+def _calibrated(doubt: Doubt | None, held_out: Replays, progress: bool) -> tuple[Doubt | None, DoubtCalibration | None]:
+    """The limit, set on dreams of the held-out episodes."""
+    if doubt is None:
+        return None, None
+    real = {c: x[:, 1:] for c, x in held_out.frames.items()}
+    found = calibrate(doubt, held_out.first, real, held_out.actions, progress="calibrate doubt" if progress else None)
+    return replace(doubt, limit=found.limit), found
 
 
 def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progress: bool) -> dict[str, Any]:

@@ -28,6 +28,13 @@ def refinement_page(report: Report, results: dict[str, Any], failures: list[str]
             f"Hallucinated successes, replayed: of {replayed['failures']} held-out episodes that truly failed, the dream of their own "
             f"actions and the scorer call **{replayed['called_success']}** a success."
         )
+    if (doubt := results["doubt"]) is not None:
+        found = "is undefined" if doubt["correlation"] is None else f"is {doubt['correlation']:.2f}"
+        report.text(
+            f"Imagined episodes end where two denoisings of a frame are more than {doubt['limit']:.3g} apart, which {doubt['quantile']:.0%} "
+            f"of the dreams of {doubt['episodes']} held-out episodes never are. Over their frames the rank correlation of doubt and "
+            f"true error {found}: near 0, doubt says nothing here."
+        )
     _curves(report, results, truth)
     rows = [[int(c["iteration"]), c["success"], f"[{c['low']:.2f}, {c['high']:.2f}]", c["real_kl"]] for c in checks]
     columns = ["iteration", "imagined success, held-out starts", "95%", "nats from the cloned policy on real frames"]

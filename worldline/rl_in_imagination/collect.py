@@ -51,7 +51,8 @@ class Decisions:
     reward: Float[Tensor, "n t"]
     terminated: Bool[Tensor, "n t"]
     truncated: Bool[Tensor, "n t"]
-    ended: Bool[Tensor, "n t"]  # terminated, or the horizon reached: not merely cut by the end of the collection
+    left: Bool[Tensor, "n t"]  # the dream left what its world model knows: ended as a failure would
+    ended: Bool[Tensor, "n t"]  # terminated, left, or the horizon reached: not merely cut by the end of the collection
     live: Bool[Tensor, "n t"]  # False where a row's only episode was over already
     frames: int  # imagined in all
 
@@ -68,10 +69,15 @@ class Decisions:
         )
 
     def outcomes(self) -> dict[str, float]:
-        """Of the episodes that ended: how many there were, and the share that succeeded (NaN if none ended)."""
+        """Of the episodes that ended: how many there were, and the shares that succeeded and that left the data (NaN if none ended)."""
         count = int((self.ended & self.live).sum())
         won = float((self.terminated & self.live).sum())
-        return {"episodes": float(count), "success": won / count if count else float("nan")}
+        left = float((self.left & self.live).sum())
+        return {
+            "episodes": float(count),
+            "success": won / count if count else float("nan"),
+            "left": left / count if count else float("nan"),
+        }
 
 
 def blocks_of(chunk: Float[Tensor, "n m a"], k: int) -> list[Float[Tensor, "n k a"]]:
@@ -126,20 +132,22 @@ def collect(
             choice = draw(chosen, seeds)
             chunk = actor.chunk(choice, observation)
             value = _valued(critic, observation)
-        terminated, truncated = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+        terminated, truncated, left = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
         success, last = potential, observation
         for block in blocks_of(chunk, actor.spec.control_steps):
             score, ends = episodes.advance(block)
-            going = ~(terminated | truncated)
+            going = ~(terminated | truncated | left)
             last = _where(going, episodes.observation, last)
             success = torch.where(going, score.success, success)
             terminated, truncated = terminated | (ends.terminated & going), truncated | (ends.truncated & going)
+            left = left | (ends.left & going)
             frames += int((going & live).sum())
             if bar is not None:
                 bar.update(n)
-        ended = terminated | truncated
+        ended = terminated | truncated | left
         cut = torch.full((n,), i == decisions - 1) & ~ended
-        shaped = discount * success * ~terminated - potential
+        worthless = terminated | left  # nothing follows
+        shaped = discount * success * ~worthless - potential
         steps.append(
             {
                 "images": observation.images,
@@ -151,7 +159,8 @@ def collect(
                 "after": _valued(critic, last),
                 "reward": terminated.float() + progress * shaped,
                 "terminated": terminated,
-                "truncated": (truncated & ~terminated) | cut,
+                "truncated": (truncated & ~worthless) | cut,
+                "left": left,
                 "ended": ended,
                 "live": live,
             }

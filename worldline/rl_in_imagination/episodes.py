@@ -13,20 +13,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldline.executor import index_observation
+from worldline.rl_in_imagination.doubt import Doubt
 from worldline.rl_in_imagination.dream import Dream, DreamState
 from worldline.types import Observation, Score, Scorer, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """Which rows' episodes are over. Both may be true."""
+    """Which rows' episodes are over. Several may be true."""
 
     terminated: Bool[Tensor, " n"]  # success was seen
     truncated: Bool[Tensor, " n"]  # the horizon was reached
-
-    @property
-    def any(self) -> Bool[Tensor, " n"]:
-        return self.terminated | self.truncated
+    left: Bool[Tensor, " n"]  # the dream left what the world model knows: what it shows from here on is worth nothing
 
 
 class ImaginedEpisodes:
@@ -38,6 +36,7 @@ class ImaginedEpisodes:
         horizon: frames an episode may have after the first.
         threshold, persist: success is a probability above `threshold` for `persist` frames in a row. By default the
             scorer's own (`scorer.config`), else 0.5 and 1.
+        doubt: ends episodes that doubt more than its limit, at the cost of two more denoisings of every frame.
 
     Raises `SpecMismatch` if the scorer wants a camera that the dream does not make, or another rate.
     """
@@ -52,6 +51,7 @@ class ImaginedEpisodes:
         horizon: int,
         threshold: float | None = None,
         persist: int | None = None,
+        doubt: Doubt | None = None,
     ) -> None:
         if rows < 1 or horizon < 1 or not len(starts):
             raise ValueError(f"rows, horizon and starts must be at least 1, got {rows}, {horizon} and {len(starts)}")
@@ -62,6 +62,7 @@ class ImaginedEpisodes:
         self.threshold = getattr(own, "threshold", 0.5) if threshold is None else threshold
         self.persist = getattr(own, "persist", 1) if persist is None else persist
         self.dream, self.scorer, self.starts, self.rows, self.horizon = dream, scorer, starts, rows, horizon
+        self.doubt = doubt
         self.generators = [np.random.default_rng() for _ in range(rows)]
         self.state: DreamState | None = None
         self._scoring: Any = None
@@ -104,10 +105,15 @@ class ImaginedEpisodes:
     def advance(self, blocks: Float[Tensor, "n k a"]) -> tuple[Score, Ends]:
         """One frame on in every row."""
         assert self.state is not None, "begin() first"
+        left = torch.zeros(self.rows, dtype=torch.bool)
+        if self.doubt is not None:
+            with self.dream.timer("doubt"):
+                left = self.doubt(self.state, blocks) > self.doubt.limit
         self.state = self.dream.step(self.state, blocks)
         with self.dream.timer("scorer"):
             self._scoring, score = self.scorer.step(self._scoring, self.state.observation, blocks)
         score = Score(reward=score.reward.cpu(), success=score.success.cpu())
         self._elapsed = self._elapsed + 1
         self._held = torch.where(score.success > self.threshold, self._held + 1, 0)
-        return score, Ends(terminated=self._held >= self.persist, truncated=self._elapsed >= self.horizon)
+        terminated = (self._held >= self.persist) & ~left
+        return score, Ends(terminated=terminated, truncated=self._elapsed >= self.horizon, left=left)

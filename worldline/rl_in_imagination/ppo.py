@@ -107,7 +107,7 @@ def advantages_of(decisions: Decisions, config: PPOConfig) -> Float[Tensor, "n t
             decisions.reward,
             decisions.value,
             decisions.after,
-            decisions.terminated,
+            decisions.terminated | decisions.left,
             decisions.truncated,
             discount=config.discount,
             smoothing=config.smoothing,

@@ -30,6 +30,7 @@ from worldline.executor import index_observation
 from worldline.policies import ClonedPolicy, SteeredPolicy
 from worldline.policies.heads import DiffusionHead, GaussianHead
 from worldline.rl_in_imagination.collect import collect, require_actor
+from worldline.rl_in_imagination.doubt import Doubt
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork
@@ -78,12 +79,14 @@ class RefineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judges:
-    """What stays as it is: the dream, the scorer, and the rule of success: a probability above `threshold` for `persist` frames."""
+    """What stays as it is: the dream, the scorer, the rule of success (a probability above `threshold` for `persist` frames), and what
+    ends episodes that leave the data."""
 
     dream: Dream
     scorer: Scorer
     threshold: float
     persist: int = 1
+    doubt: Doubt | None = None
 
     def fingerprints(self) -> dict[str, str]:
         parts = {"world_model": self.dream.world_model, "tokenizer": self.dream.tokenizer, "scorer": self.scorer}
@@ -184,6 +187,7 @@ def refine(
         horizon=settings.frames - 1,
         threshold=judges.threshold,
         persist=judges.persist,
+        doubt=judges.doubt,
     )
     decisions = math.ceil((settings.frames - 1) / frames_a_chunk)
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import UInt8
 from torch import Tensor
 
 from worldline.errors import DatasetError
@@ -39,10 +40,17 @@ class TrainScorer:
     """Folder for the checkpoint. A run that was interrupted goes on there."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    fakes: float = 0.15
+    """Share of the training samples that are blurred beyond recognition and count as no success: a scorer that calls mush a success
+    would reward a dream for falling apart."""
     stride: int = 1
     """Dataset frames per frame seen: that of the world model it will be used with."""
     scorer: SuccessConfig = field(default_factory=SuccessConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fakes < 1:
+            raise ValueError(f"fakes must be a share, at least 0 and below 1, got {self.fakes}")
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,9 +63,14 @@ class _ScorerStage:
     name = "scorer"
 
     def __init__(
-        self, model: SuccessScorer, draw: SampleDraw, held_out: Sequence[Selection], tokenizer: Tokenizer | None
+        self,
+        model: SuccessScorer,
+        draw: SampleDraw,
+        held_out: Sequence[Selection],
+        tokenizer: Tokenizer | None,
+        fakes: float,
     ) -> None:
-        self.model, self.draw, self.held_out, self.tokenizer = model, draw, held_out, tokenizer
+        self.model, self.draw, self.held_out, self.tokenizer, self.fakes = model, draw, held_out, tokenizer, fakes
 
     def batch(self, seed: int, step: int, size: int) -> Samples:
         return self.draw.batch(seed, step, size)
@@ -66,8 +79,14 @@ class _ScorerStage:
         frames = batch.observation.images
         if self.tokenizer is not None:
             frames = half_reconstructed(self.tokenizer, frames, generator)
+        target = batch.target.float()
+        if self.fakes:
+            fake = torch.rand(len(target), generator=generator) < self.fakes
+            blurred = {c: blur(x) for c, x in frames.items()}
+            frames = {c: torch.where(fake[:, None, None, None], blurred[c], x) for c, x in frames.items()}
+            target = torch.where(fake, 0.0, target)
         logits = model.logits(frames)
-        target = batch.target.float().to(logits.device)
+        target = target.to(logits.device)
         loss = F.binary_cross_entropy_with_logits(logits, target)
         return loss, {"accuracy": ((logits > 0) == (target > 0.5)).float().mean().detach()}
 
@@ -81,6 +100,12 @@ class _ScorerStage:
         calibrated.save_pretrained(
             folder, provenance={**provenance, **facts, "audit": audit(calibrated, self.held_out)}
         )
+
+
+def blur(frames: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+    """Averaged over about a quarter of the picture: what is there cannot be told any more."""
+    size = max(3, max(frames.shape[-2:]) // 4 | 1)
+    return F.avg_pool2d(frames.float(), size, 1, size // 2, count_include_pad=False).to(torch.uint8)
 
 
 def half_reconstructed(
@@ -183,7 +208,7 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
         "episodes": float(len(episodes)),
         "exact": share(lambda x: x),
         "static": share(lambda x: x[:1].expand_as(x)),
-        "blurred": share(lambda x: F.avg_pool2d(x.float(), 17, 1, 8, count_include_pad=False).to(torch.uint8)),
+        "blurred": share(blur),
         "first_quarter": share(lambda x: x[: max(2, len(x) // 4)]),
     }
 
@@ -193,7 +218,7 @@ def run(config: TrainScorer, *, progress: bool = True) -> Path:
     training = open_datasets(config.data, "train", stride=config.stride)
     held_out = open_datasets(config.data, "held-out", stride=config.stride)
     draw = SampleDraw(training, frame_labels(config.stride), window=config.scorer.encoder.window, balance=True)
-    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "stride", "scorer"))
+    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "fakes", "stride", "scorer"))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     torch.manual_seed(config.loop.seed)
     model = SuccessScorer(config.scorer, draw.spec)
@@ -201,5 +226,5 @@ def run(config: TrainScorer, *, progress: bool = True) -> Path:
         **data_provenance(training, config.out),
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
     }
-    stage = _ScorerStage(model, draw, held_out, tokenizer)
+    stage = _ScorerStage(model, draw, held_out, tokenizer, config.fakes)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

@@ -1,14 +1,16 @@
 """Every stage trains on the dot world within seconds, and has then learned what it is for."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.oracles import SPEC
+from tests.oracles import GOAL, SPEC
+from tests.trainers.toy import dot_episode
 from worldline import checkpoint
-from worldline.data import LatentCache, LeRobotDataset
+from worldline.data import LatentCache, LeRobotDataset, write_dataset
 from worldline.errors import CheckpointError, DatasetError, SpecMismatch
 from worldline.eval.probes import Probe
 from worldline.policies import ClonedPolicy, EncoderConfig, PolicyConfig
@@ -160,6 +162,37 @@ def test_the_scorer_tells_success_from_failure(dots, patches, tmp_path):
     logits, done, _ = scorer.read_episodes(loaded, held_out, None)
     z, y = torch.cat(logits), torch.cat(done)
     assert float((z[y][:, None] > z[~y][None]).float().mean()) > 0.97  # area under the ROC curve
+
+
+def test_a_scorer_that_reads_the_instruction_knows_whose_success_it_is(tmp_path):
+    """The same picture is a success under one sentence and none under the other."""
+
+    def told(index: int):
+        episode = dot_episode(index, expert=index % 2 == 0)
+        right = index // 2 % 2 == 0
+        x = episode.poses[:, 0]
+        done = x > GOAL if right else x < 0.15
+        words = "go right" if right else "go left"
+        return replace(episode, frame_success=done, success=bool(done.any()), instruction=words)
+
+    data = write_dataset(tmp_path / "told", (told(i) for i in range(64)), codec="libx264", crf=10, split_seed=9)
+    found = {}
+    for text in ("none", "hashed"):
+        config = scorer.TrainScorer(
+            data=(data,),
+            out=tmp_path / text,
+            scorer=SuccessConfig(
+                encoder=EncoderConfig(window=2, channels=(8, 16, 16), features=32, shift=0), hidden=32, text=text
+            ),
+            loop=loop(250, batch_size=32),
+        )
+        scorer.run(config, progress=False)
+        found[text] = facts(tmp_path / text, "scorer")
+    assert found["hashed"]["frame_accuracy"] > 0.9 > found["none"]["frame_accuracy"] + 0.05
+    assert found["hashed"]["audit"]["other_instruction"] <= 0.2 and "other_instruction" not in found["none"]["audit"]
+    loaded = SuccessScorer.from_pretrained(tmp_path / "hashed")
+    with pytest.raises(SpecMismatch, match="one for each of 2 rows required, got 0"):
+        loaded.logits({"top": torch.zeros(2, 6, 16, 16, dtype=torch.uint8)})
 
 
 @pytest.mark.parametrize("kind", ["bc", "diffusion"])

@@ -70,7 +70,7 @@ def replay_diagnostic(scorer: SuccessScorer, replays: Replays, probability: Floa
     n, persist = len(probability), scorer.config.persist
     truth = episode_success(replays.frame_success, persist=persist)
     imagined = episode_probability(probability, persist=persist)
-    real = episode_probability(score_frames(scorer, replays.frames), persist=persist)
+    real = episode_probability(score_frames(scorer, replays.frames, replays.instruction), persist=persist)
     kinds = min(int(truth.sum()), int((~truth).sum()))
     calibration, between, source = (
         scorer_calibration(imagined, truth, threshold=scorer.config.threshold),
@@ -97,14 +97,16 @@ def replay_diagnostic(scorer: SuccessScorer, replays: Replays, probability: Floa
     )
 
 
-def score_frames(scorer: SuccessScorer, frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]]) -> Float[Tensor, "n t2"]:
+def score_frames(
+    scorer: SuccessScorer, frames: Mapping[str, UInt8[Tensor, "n t c _h _w"]], instruction: Sequence[str]
+) -> Float[Tensor, "n t2"]:
     """A scorer stepped over n whole videos."""
     n, t = next(iter(frames.values())).shape[:2]
     state, out = scorer.reset(n), []
     for i in range(t):
         images = {c: x[:, i] for c, x in frames.items()}
         state, score = scorer.step(
-            state, Observation(images=images, pose=torch.zeros(n, 0), instruction=("",) * n), None
+            state, Observation(images=images, pose=torch.zeros(n, 0), instruction=tuple(instruction)), None
         )
         out.append(score.success)
     return torch.stack(out, 1)

@@ -46,7 +46,7 @@ class PPOConfig:
     epochs: int = 4
     """Passes over the decisions of an iteration."""
     minibatch: int = 128
-    lr: float = 1e-4
+    lr: float = 3e-5
     critic_lr: float = 5e-4
     max_norm: float = 0.5
     """Largest gradient norm."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from worldline.errors import DatasetError
@@ -85,7 +85,11 @@ class _ScorerStage:
             blurred = {c: blur(x) for c, x in frames.items()}
             frames = {c: torch.where(fake[:, None, None, None], blurred[c], x) for c, x in frames.items()}
             target = torch.where(fake, 0.0, target)
-        logits = model.logits(frames)
+        told = batch.observation.instruction
+        if model.text is not None:
+            told, meant = told_another(told, generator)
+            target = torch.where(meant, target, 0.0)
+        logits = model.logits(frames, told)
         target = target.to(logits.device)
         loss = F.binary_cross_entropy_with_logits(logits, target)
         return loss, {"accuracy": ((logits > 0) == (target > 0.5)).float().mean().detach()}
@@ -100,6 +104,17 @@ class _ScorerStage:
         calibrated.save_pretrained(
             folder, provenance={**provenance, **facts, "audit": audit(calibrated, self.held_out)}
         )
+
+
+def told_another(
+    instruction: tuple[str, ...], generator: torch.Generator
+) -> tuple[tuple[str, ...], Bool[Tensor, " n"]]:
+    """Three rows in ten under the instruction of a row drawn, and which rows are under their own (or the same) one."""
+    n = len(instruction)
+    swapped = torch.rand(n, generator=generator) < 0.3
+    drawn = torch.randint(n, (n,), generator=generator).tolist()
+    told = tuple(instruction[j] if swap else instruction[i] for i, (j, swap) in enumerate(zip(drawn, swapped.tolist())))
+    return told, torch.tensor([a == b for a, b in zip(told, instruction)])
 
 
 def blur(frames: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
@@ -135,13 +150,14 @@ def frame_labels(stride: int):
 
 
 @torch.no_grad()
-def score_video(scorer: SuccessScorer, video: Mapping[str, Tensor]) -> Tensor:
+def score_video(scorer: SuccessScorer, video: Mapping[str, Tensor], instruction: str) -> Tensor:
     """Uncalibrated logits "t" of every frame of one uint8 video "t c h w" a camera, as `step` would see them."""
     window = scorer.window
     rows = (torch.arange(window)[None] + torch.arange(len(next(iter(video.values()))))[:, None] - window + 1).clamp(
         min=0
     )
-    return scorer.logits({camera: video[camera][rows].flatten(1, 2) for camera in scorer.encoder.names}).cpu()
+    windows = {camera: video[camera][rows].flatten(1, 2) for camera in scorer.encoder.names}
+    return scorer.logits(windows, (instruction,) * len(rows)).cpu()
 
 
 def read_episodes(
@@ -151,7 +167,8 @@ def read_episodes(
     logits, done, videos = [], [], []
     for s in selections:
         for number in s.episodes:
-            times, labels = frame_labels(s.stride)(s.dataset.episode(number))
+            episode = s.dataset.episode(number)
+            times, labels = frame_labels(s.stride)(episode)
             if not len(times):
                 continue
             video = {c: s.store.frames(number, c)[:: s.stride] for c in scorer.encoder.names}
@@ -159,7 +176,7 @@ def read_episodes(
                 device = next(iter(tokenizer.parameters()), torch.zeros(())).device
                 batched = {c: x[None].to(device) for c, x in video.items()}
                 video = {c: x[0].cpu() for c, x in tokenizer.decode(tokenizer.encode(batched)).items()}
-            logits.append(score_video(scorer, video))
+            logits.append(score_video(scorer, video, episode.instruction))
             done.append(labels[:: s.stride] > 0.5)
             videos.append(video)
     if not logits:
@@ -190,27 +207,35 @@ def calibrate(
 
 
 def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, float]:
-    """Share of held-out success episodes called a success: as they are, held still at the first frame, blurred, cut after a quarter."""
+    """Share of held-out success episodes called a success: as they are, held still at the first frame, blurred, cut after a quarter,
+    and (by a scorer that reads instructions, where there are several) under the instruction of another episode."""
     episodes = [(s, n) for s in held_out for n in s.episodes if s.dataset.episode(n).success]
     persist, config = scorer.config.persist, scorer.config
 
-    def share(change: Any) -> float:
+    own = [s.dataset.episode(n).instruction for s, n in episodes]
+    sentences = sorted({s.dataset.episode(n).instruction for s in held_out for n in s.episodes})
+
+    def share(change: Any, told: Sequence[str] = own) -> float:
         said = []
-        for s, number in episodes:
+        for (s, number), sentence in zip(episodes, told):
             video = {c: change(s.store.frames(number, c)[:: s.stride]) for c in scorer.encoder.names}
-            p = torch.sigmoid(config.scale * score_video(scorer, video) + config.offset)
+            p = torch.sigmoid(config.scale * score_video(scorer, video, sentence) + config.offset)
             said.append(episode_probability(p[None], persist=persist)[0] > config.threshold)
         return float(torch.stack(said).float().mean()) if said else float("nan")
 
     if not episodes:
         return {"episodes": 0.0}
-    return {
+    found = {
         "episodes": float(len(episodes)),
         "exact": share(lambda x: x),
         "static": share(lambda x: x[:1].expand_as(x)),
         "blurred": share(blur),
         "first_quarter": share(lambda x: x[: max(2, len(x) // 4)]),
     }
+    if scorer.text is not None and len(sentences) > 1:
+        after = dict(zip(sentences, sentences[1:] + sentences[:1]))
+        found["other_instruction"] = share(lambda x: x, [after[sentence] for sentence in own])
+    return found
 
 
 def run(config: TrainScorer, *, progress: bool = True) -> Path:

@@ -3,6 +3,7 @@
 from worldline.rl_in_imagination.dream import Dream, DreamState, Rollouts, rollout
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
 from worldline.rl_in_imagination.vector_env import ImaginedVectorEnv, to_observation
+from worldline.rl_in_imagination.vector_env_checker import check_vector_env
 
 __all__ = [
     "Dream",
@@ -11,6 +12,7 @@ __all__ = [
     "Rollouts",
     "SuccessConfig",
     "SuccessScorer",
+    "check_vector_env",
     "rollout",
     "to_observation",
 ]

@@ -19,7 +19,7 @@ from worldline.errors import WorldlineError
 VERBS = {
     "record": "record episodes in a simulator into a LeRobot dataset",
     "inspect": "report what a dataset holds and what is wrong with it",
-    "train": "train a tokenizer, world-model, world-models, scorer, policy or probe",
+    "train": "train a tokenizer, world-model, world-models, scorer, policy, offline policy or probe",
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
@@ -33,6 +33,7 @@ STAGES = {
     "world-models": "one denoiser for several robots, with action experts that they share",
     "scorer": "a success scorer, calibrated and audited",
     "policy": "clone demonstrations (bc, discrete or diffusion)",
+    "offline": "a policy from good and bad episodes, by implicit Q-learning",
     "probe": "a regressor that reads positions or actions off frames",
 }
 USAGE = """usage: worldline VERB [options]      (worldline VERB --help says more)
@@ -106,7 +107,7 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
 
 def _train(args: list[str]) -> None:
     from worldline.commands.outputs import release_claim
-    from worldline.trainers import policy, probe, scorer, tokenizer, world_model, world_models
+    from worldline.trainers import offline, policy, probe, scorer, tokenizer, world_model, world_models
 
     modules: dict[str, tuple[Any, type]] = {
         "tokenizer": (tokenizer, tokenizer.TrainTokenizer),
@@ -114,6 +115,7 @@ def _train(args: list[str]) -> None:
         "world-models": (world_models, world_models.TrainWorldModels),
         "scorer": (scorer, scorer.TrainScorer),
         "policy": (policy, policy.TrainPolicy),
+        "offline": (offline, offline.TrainOffline),
         "probe": (probe, probe.TrainProbe),
     }
     if not args or args[0] in ("-h", "--help"):

@@ -93,8 +93,14 @@ class ClonedPolicy(nn.Module):
         self, observation: Observation, actions: Float[Tensor, "n m a"], generator: torch.Generator | None = None
     ) -> Tensor:
         """Imitation loss of demonstrated chunks in physical units."""
+        return self.losses(observation, actions, generator).mean()
+
+    def losses(
+        self, observation: Observation, actions: Float[Tensor, "n m a"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, " n"]:
+        """`loss` of each row, for those that count rows unequally."""
         target = self.action_normalizer.normalize(actions.to(self.low.device)).flatten(1)
-        return self.head.loss(self.features(observation), target, generator)
+        return self.head.losses(self.features(observation), target, generator)
 
     def reset(self, n: int) -> TensorState:
         return TensorState(tensors={}, rows=n)

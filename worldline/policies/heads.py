@@ -46,8 +46,11 @@ class GaussianHead(nn.Module):
         """The normalised chunk that a choice stands for: itself."""
         return choice
 
-    def loss(self, features: Tensor, chunk: Tensor, generator: torch.Generator | None) -> Tensor:
-        return -self.distribution(features).log_prob(chunk).mean() / chunk.shape[1]
+    def losses(
+        self, features: Float[Tensor, "n f"], chunk: Float[Tensor, "n d"], generator: torch.Generator | None
+    ) -> Float[Tensor, " n"]:
+        """Negative log-density of each row's normalised chunk, a number of it."""
+        return -self.distribution(features).log_prob(chunk) / chunk.shape[1]
 
     def act(self, features: Tensor, seeds: Tensor) -> Tensor:
         chosen = self.distribution(features)
@@ -70,9 +73,13 @@ class DiscreteHead(nn.Module):
         """The normalised chunk that bins stand for: their values."""
         return self.code.values.to(choice.device)[choice]
 
-    def loss(self, features: Tensor, chunk: Tensor, generator: torch.Generator | None) -> Tensor:
+    def losses(
+        self, features: Float[Tensor, "n f"], chunk: Float[Tensor, "n d"], generator: torch.Generator | None
+    ) -> Float[Tensor, " n"]:
+        """Cross entropy of each row's two-hot codes, a number of the chunk."""
         logits = self.net(features).unflatten(1, (-1, self.code.bins))
-        return F.cross_entropy(logits.flatten(0, 1), self.code.encode(chunk).flatten(0, 1))
+        each = F.cross_entropy(logits.flatten(0, 1), self.code.encode(chunk).flatten(0, 1), reduction="none")
+        return each.unflatten(0, (len(chunk), -1)).mean(1)
 
     def act(self, features: Tensor, seeds: Tensor) -> Tensor:
         chosen = self.distribution(features)
@@ -100,12 +107,15 @@ class DiffusionHead(nn.Module):
             h = h + block(torch.cat([F.silu(h), given], dim=1))
         return self.leave(F.silu(h))
 
-    def loss(self, features: Tensor, chunk: Tensor, generator: torch.Generator | None) -> Tensor:
+    def losses(
+        self, features: Float[Tensor, "n f"], chunk: Float[Tensor, "n d"], generator: torch.Generator | None
+    ) -> Float[Tensor, " n"]:
+        """Weighted squared error of each row's denoised chunk, at a level drawn."""
         level = self.levels.sample((len(chunk),), generator).to(chunk)
         noise = torch.randn(chunk.shape, generator=generator).to(chunk)
         clean = self.predict(features, add_noise(linear_path, chunk, noise, level), level)
         weight = (1 / level**2).clamp(max=10.0)[:, None]
-        return (weight * (clean - chunk).square()).mean()
+        return (weight * (clean - chunk).square()).mean(1)
 
     def act(self, features: Tensor, seeds: Tensor) -> Tensor:
         return self.denoise(features, row_noise(seeds, 0, 0, (self.size,)).to(features))

@@ -123,12 +123,21 @@ def demonstrations(selections: Sequence[Selection], kind: str, count: int | None
     ]
 
 
+def require_whole_block(settings: PolicyConfig, spec: WorldSpec) -> None:
+    """Raise `DatasetError` unless a chunk holds at least the actions of one frame."""
+    if settings.chunk < spec.control_steps:
+        raise DatasetError(
+            f"chunks of at least {spec.control_steps} actions (control steps times stride) are required, got "
+            f"{settings.chunk}: use --policy.chunk {spec.control_steps} or a smaller --stride."
+        )
+
+
 def is_imagined(episode: Episode) -> bool:
     """Whether `worldline synthesize` made it."""
     return episode.provenance.get("cause") == "imagined"
 
 
-def _begin_with(folder: Path, settings: PolicyConfig, spec: WorldSpec) -> ClonedPolicy:
+def begin_with(folder: Path, settings: PolicyConfig, spec: WorldSpec) -> ClonedPolicy:
     """The policy to go on from. Raises `CheckpointError` if it is of another kind or size, `SpecMismatch` for another world."""
     policy = ClonedPolicy.from_pretrained(folder)
     require_match(spec, policy.spec, between=f"data and policy {folder}")
@@ -161,11 +170,7 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
         held_out = SampleDraw(others, chunks(settings.chunk))
     except DatasetError:
         held_out = None  # a small dataset may hold no held-out demonstration; then nothing is reported
-    if settings.chunk < picked[0].spec.control_steps:
-        raise DatasetError(
-            f"chunks of at least {picked[0].spec.control_steps} actions (control steps times stride) are required, got "
-            f"{settings.chunk}: use --policy.chunk {picked[0].spec.control_steps} or a smaller --stride."
-        )
+    require_whole_block(settings, picked[0].spec)
     claim_output(
         config.out,
         "policy",
@@ -178,7 +183,7 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
         actions, poses = fit_normalizers(picked)
         policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
     else:
-        policy = _begin_with(config.init_from, settings, spec)
+        policy = begin_with(config.init_from, settings, spec)
     provenance = {
         **data_provenance(picked, config.out),
         "demonstrations": sum(len(s.episodes) for s in picked),

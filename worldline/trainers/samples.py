@@ -15,10 +15,12 @@ from worldline.types import Episode, Observation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """n moments: frames (the last `window`, oldest first, stacked as channels), poses, and what the target function gave."""
+    """n moments: frames (the last `window`, oldest first, stacked as channels), poses, and what the target function gave.
+    `after` is the same of `SampleDraw.ahead` frames later, where that was asked for."""
 
     observation: Observation
     target: Float[Tensor, "n ..."]
+    after: Observation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class SampleDraw:
         balance: draw moments with target > 0.5 and the others equally often (binary targets).
         apart, share: draw the moments of episodes for which `apart` holds with this share of every batch.
         camera: the one camera whose frames are given; by default all. Raises `SpecMismatch` if there is none of that name.
+        ahead: how many frames after each moment `Samples.after` is observed; 0: it is not. Raises `ValueError` if a moment of
+            `target` has no frame so far ahead.
     """
 
     def __init__(
@@ -53,8 +57,9 @@ class SampleDraw:
         apart: Callable[[Episode], bool] | None = None,
         share: float = 0.5,
         camera: str | None = None,
+        ahead: int = 0,
     ) -> None:
-        self.selections, self.window = selections, window
+        self.selections, self.window, self.ahead = selections, window, ahead
         spec = selections[0].spec
         self.spec = spec if camera is None else replace(spec, cameras=(spec.camera(camera),))
         self.moments: list[_Moments] = []
@@ -63,6 +68,10 @@ class SampleDraw:
             for number in s.episodes:
                 episode = s.dataset.episode(number)
                 times, values = target(episode)
+                if len(times) and int(times.max()) + ahead >= len(episode):
+                    raise ValueError(
+                        f"moments with {ahead} frames after them required, got moment {int(times.max())} of {len(episode)} frames"
+                    )
                 owner += [len(self.moments)] * len(times)
                 held += [apart is not None and apart(episode)] * len(times)
                 flat.append(values)
@@ -118,16 +127,19 @@ class SampleDraw:
         for i in indices.tolist():
             moments = self.moments[int(self.owner[i])]
             places.append((moments, int(moments.times[i - moments.start])))
+        after = self._observe([(m, t + self.ahead) for m, t in places]) if self.ahead else None
+        return Samples(observation=self._observe(places), target=self.targets[indices], after=after)
+
+    def _observe(self, places: Sequence[tuple[_Moments, int]]) -> Observation:
         images = {
             camera.name: torch.stack([self._frames(m, camera.name, t) for m, t in places])
             for camera in self.spec.cameras
         }
-        observation = Observation(
+        return Observation(
             images=images,
             pose=torch.stack([m.poses[t] for m, t in places]),
             instruction=tuple(m.instruction for m, _ in places),
         )
-        return Samples(observation=observation, target=self.targets[indices])
 
     def _frames(self, moments: _Moments, camera: str, time: int) -> UInt8[Tensor, "wc h w"]:
         selection = self.selections[moments.selection]

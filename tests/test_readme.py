@@ -61,7 +61,16 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for module, function in (
         *(
             (f"trainers.{stage}", "run")
-            for stage in ("tokenizer", "world_model", "world_models", "scorer", "policy", "offline", "probe")
+            for stage in (
+                "tokenizer",
+                "world_model",
+                "world_model_edm",
+                "world_models",
+                "scorer",
+                "policy",
+                "offline",
+                "probe",
+            )
         ),
         *(("commands.recording", f"run_{verb}") for verb in ("record", "inspect")),
         *(("commands.dreaming", f"run_{verb}") for verb in ("imagine", "eval")),

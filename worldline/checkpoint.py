@@ -224,16 +224,20 @@ def load_part(
     *,
     part: str,
     build: Callable[[Any, WorldSpec, str], M],
+    kind: str | None = None,
     renew: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> M:
     """A trained part in evaluation mode, from a folder or the Hugging Face Hub: the counterpart of `save_part`.
 
     `build(config, spec, source)` makes the untrained module from what was saved; `source` names the config in errors.
-    `renew` as in `load_tensors`.
+    `renew` as in `load_tensors`. Where a part has several kinds, `kind` is the one required.
     Raises `CheckpointError` if the folder is not such a part or its weights do not fit.
     """
     folder = resolve(folder)
-    config = load_config(folder, part=part)["config"]
+    about = load_config(folder, part=part)
+    if kind is not None and about["kind"] != kind:
+        raise CheckpointError(f"{folder}: a {part} of kind {kind} is required here, this is of kind {about['kind']}.")
+    config = about["config"]
     spec = from_json(WorldSpec, read_json(folder / "spec.json"), source=f"{folder}/spec.json")
     module = build(config, spec, f"{folder}/config.json")
     load_tensors(module, folder, renew=renew)

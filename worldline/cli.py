@@ -19,7 +19,7 @@ from worldline.errors import WorldlineError
 VERBS = {
     "record": "record episodes in a simulator into a LeRobot dataset",
     "inspect": "report what a dataset holds and what is wrong with it",
-    "train": "train a tokenizer, world-model, world-models, scorer, policy, offline policy or probe",
+    "train": "train a tokenizer, world-model, world-model-edm, world-models, scorer, policy, offline policy or probe",
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
@@ -30,6 +30,7 @@ VERBS = {
 STAGES = {
     "tokenizer": "frames to latents and back",
     "world-model": "the autoregressive denoiser",
+    "world-model-edm": "another kind of world model: World4RL's U-Net with EDM's noise, four frames of history",
     "world-models": "one denoiser for several robots, with action experts that they share",
     "scorer": "a success scorer, calibrated and audited",
     "policy": "clone demonstrations (bc, discrete or diffusion)",
@@ -85,7 +86,7 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _listing(entries: dict[str, str]) -> str:
-    return "\n".join(f"  {name:<12} {text}" for name, text in entries.items())
+    return "\n".join(f"  {name:<15} {text}" for name, text in entries.items())
 
 
 def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positional: str | None = None) -> Any:
@@ -107,11 +108,21 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
 
 def _train(args: list[str]) -> None:
     from worldline.commands.outputs import release_claim
-    from worldline.trainers import offline, policy, probe, scorer, tokenizer, world_model, world_models
+    from worldline.trainers import (
+        offline,
+        policy,
+        probe,
+        scorer,
+        tokenizer,
+        world_model,
+        world_model_edm,
+        world_models,
+    )
 
     modules: dict[str, tuple[Any, type]] = {
         "tokenizer": (tokenizer, tokenizer.TrainTokenizer),
         "world-model": (world_model, world_model.TrainWorldModel),
+        "world-model-edm": (world_model_edm, world_model_edm.TrainWorldModelEDM),
         "world-models": (world_models, world_models.TrainWorldModels),
         "scorer": (scorer, scorer.TrainScorer),
         "policy": (policy, policy.TrainPolicy),

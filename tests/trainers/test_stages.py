@@ -102,7 +102,7 @@ def test_training_goes_on_from_other_weights_by_its_own_settings(dots, patches, 
 def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, patches, tmp_path, monkeypatch):
     options = {"loop": loop(6, batch_size=4, save_every=2, eval_every=6, optimizer=optimizer)}
     straight = world_model.run(world_model_config(dots, patches, tmp_path / "straight", **options), progress=False)
-    whole = world_model._WorldModelStage.batch
+    whole = world_model.WorldModelStage.batch
 
     def interrupted(self, seed, step, size):
         if step == 3:
@@ -111,7 +111,7 @@ def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, pat
 
     config = world_model_config(dots, patches, tmp_path / "resumed", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(world_model._WorldModelStage, "batch", interrupted)
+        patch.setattr(world_model.WorldModelStage, "batch", interrupted)
         world_model.run(config, progress=False)
     world_model.run(config, progress=False)
     for name in ("model.safetensors", "training/state.safetensors"):

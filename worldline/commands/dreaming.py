@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from worldline.eval.world_model import evaluate_world_model
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
-from worldline.worldmodels import AutoregressiveWorldModel
+from worldline.worldmodels import TrainedWorldModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +84,11 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
     starts, signs = replays.first, {"true": 1.0, "negated": -1.0, "zeroed": 0.0}
     if config.instruction is not None:
-        assert isinstance(dream.world_model, AutoregressiveWorldModel), "what load_dream loads"
-        if dream.world_model.config.text == "none":
+        assert isinstance(dream.world_model, TrainedWorldModel), "what load_dream loads"
+        if not dream.world_model.reads_instructions:
             raise WorldlineError(
-                f"--instruction: {config.world_model} was trained without instructions (text='none'). Train with --model.text hashed."
+                f"--instruction: {config.world_model} was trained without instructions. Train with `worldline train world-model "
+                "--model.text hashed`."
             )
         starts = replace(starts, instruction=(config.instruction,))
     made = rollout(
@@ -256,12 +257,11 @@ def _degraded(config: Evaluate, dream: Dream) -> dict[str, Any]:
 
 
 def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any]:
-    assert isinstance(dream.world_model, AutoregressiveWorldModel), "what load_dream loads"
-    sampling = dream.world_model.config
+    assert isinstance(dream.world_model, TrainedWorldModel), "what load_dream loads"
     return protocol_results(
         frames=replays.poses.shape[1],
         episodes=len(replays.episodes),
-        sampling={f.name: getattr(sampling, f.name) for f in fields(SamplingFlags)},
+        sampling=dream.world_model.sampling,
         seed=config.seed,
         overridden=tuple(config.sampling()),
         hidden=config.hidden,

@@ -32,10 +32,15 @@ def label(name: str) -> str:
 def protocol_text(report: Report, protocol: Mapping[str, Any]) -> None:
     """One paragraph: the version, what it fixes, and where this run departs from it."""
     used = protocol["used"]
+    sampling = {name: value for name, value in used.items() if name not in ("frames", "episodes", "seed")}
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {format(value, 'g') if isinstance(value, float) else value}"
+        for name, value in sampling.items()
+    )
     deviations = "; ".join(protocol["deviations"]) or "none"
     report.text(
         f"Protocol **{protocol['version']}**: {protocol['context_frames']} context frame, {protocol['actions']} actions, "
-        f"{used['solver_steps']} solver steps, history level {used['history_level']:g}, seed {used['seed']}, "
+        f"{told}, seed {used['seed']}, "
         f"{used['episodes']} episodes of {used['frames']} frames. Deviations: {deviations}."
     )
 

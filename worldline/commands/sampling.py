@@ -9,12 +9,12 @@ import torch
 
 from worldline.errors import WorldlineError
 from worldline.rl_in_imagination.dream import Dream
-from worldline.worldmodels import load_world_model
+from worldline.worldmodels import TrainedWorldModel, load_world_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingFlags:
-    """Settings used instead of the checkpoint's own, where they are given."""
+    """Settings used instead of the checkpoint's own, where they are given. A kind of world model that lacks one refuses it."""
 
     solver_steps: int | None = None
     """Steps of the solver instead of the checkpoint's own."""
@@ -35,13 +35,27 @@ class SamplingFlags:
 def load_dream(folder: Path, sampling: Mapping[str, Any] | None = None) -> Dream:
     """A dream from a world-model folder, on the GPU if there is one, sampled as `sampling` says instead of the checkpoint.
 
-    Raises `WorldlineError` for settings that its training never showed.
+    Raises `WorldlineError` for settings that this kind of world model lacks, or that its training never showed.
     """
     model, tokenizer = load_world_model(folder)
+    _require_settings(folder, model, sampling or {})
     try:
         model = model.with_sampling(**(sampling or {}))
     except ValueError as error:  # the model's own check of its settings
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sampling or {})
+        flags = ", ".join(map(_flag, sampling or {}))
         raise WorldlineError(f"{flags}: {error}. Sample as training showed it.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Dream(model.to(device), tokenizer.to(device))
+
+
+def _require_settings(folder: Path, model: TrainedWorldModel, sampling: Mapping[str, Any]) -> None:
+    if lacking := [_flag(name) for name in sampling if name not in model.sampling]:
+        has = [_flag(f.name) for f in fields(SamplingFlags) if f.name in model.sampling]
+        raise WorldlineError(
+            f"{', '.join(lacking)}: the {type(model).__name__} in {folder} has no such setting. Leave it out; of these flags it takes "
+            f"{', '.join(has)}."
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -25,7 +25,7 @@ from worldline.trainers.inputs import (
 )
 from worldline.trainers.loop import LoopConfig, train
 from worldline.types import Clip, WorldSpec, require_match
-from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
+from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TrainedWorldModel, TransformerConfig
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +63,16 @@ class TrainWorldModel:
         check_clips(self.frames, self.model.network.window, self.starts, self.max_episodes)
 
 
-def check_clips(frames: int, window: int, starts: float, max_episodes: int | None) -> None:
-    """Raise `ValueError` for settings of training clips that cannot be."""
+def check_clips(
+    frames: int, window: int, starts: float, max_episodes: int | None, *, flag: str = "--model.network.window"
+) -> None:
+    """Raise `ValueError` for settings of training clips that cannot be. `flag` sets the window: the frames of history and the next."""
     if frames < 2:
         raise ValueError(f"frames must be at least 2, got {frames}")
     if frames < window:
         raise ValueError(
             "clips of at least as many frames as the window required, or its far end is never trained: got "
-            f"--frames {frames} and --model.network.window {window}"
+            f"--frames {frames} and {flag} {window}"
         )
     if not 0 <= starts <= 1:
         raise ValueError(f"starts must be a share from 0 to 1, got {starts}")
@@ -123,12 +125,19 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class _WorldModelStage:
-    name = "world-model"
+class WorldModelStage:
+    """How the loop trains a world model of any kind on one robot's latents."""
 
     def __init__(
-        self, model: AutoregressiveWorldModel, batches: LatentBatches, held_out: LatentBatches, tokenizer: Tokenizer
+        self,
+        model: TrainedWorldModel,
+        batches: LatentBatches,
+        held_out: LatentBatches,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "world-model",
     ) -> None:
+        self.name = name
         self.model, self.batches, self.held_out, self.tokenizer = model, batches, held_out, tokenizer
 
     def batch(self, seed: int, step: int, size: int) -> Clip:
@@ -148,13 +157,14 @@ class _WorldModelStage:
 
 
 @torch.no_grad()
-def imagined_errors(model: AutoregressiveWorldModel, clip: Clip) -> dict[str, float]:
+def imagined_errors(model: TrainedWorldModel, clip: Clip) -> dict[str, float]:
     """Rollout from a clip's first frame to its end: error against copying it, and of shuffled actions against true ones."""
     rows = len(clip.poses)
     first = replace(
         clip, frames={c: z[:, :1] for c, z in clip.frames.items()}, actions=clip.actions[:, :0], poses=clip.poses[:, :1]
     )
-    state, seeds = model.observe(first), torch.arange(rows)
+    seeds = torch.arange(rows)
+    state: Any = model.observe(first)
     target = whiten({c: z[:, 1:] for c, z in clip.frames.items()}, model.latent_spec)
 
     def error(latents: Mapping[str, Tensor]) -> float:
@@ -208,7 +218,7 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
         actions, poses = fit_normalizers(training)
         model = AutoregressiveWorldModel(config.model, batches.spec, action_normalizer=actions, pose_normalizer=poses)
         model.fit_aims(strided_numbers(training, config.stride))
-    stage = _WorldModelStage(model, batches, LatentBatches(held_out, tokenizer, **options), tokenizer)
+    stage = WorldModelStage(model, batches, LatentBatches(held_out, tokenizer, **options), tokenizer)
     provenance = {
         **data_provenance(training, config.out, init_from=config.init_from),
         "tokenizer": tokenizer.fingerprint,

@@ -38,6 +38,7 @@ from worldline.worldmodels.training import Training
 from worldline.worldmodels.transformer import SpaceTimeTransformer
 
 KIND = "autoregressive"
+SAMPLING = ("solver_steps", "history_level", "guidance", "cache_write")  # what verbs may change after training
 
 
 class AutoregressiveWorldModel(nn.Module):
@@ -209,6 +210,15 @@ class AutoregressiveWorldModel(nn.Module):
 
     # --- storage ------------------------------------------------------------------------------------------------------
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of sampling that verbs tell of and may change (`with_sampling`)."""
+        return {name: getattr(self.config, name) for name in SAMPLING}
+
+    @property
+    def reads_instructions(self) -> bool:
+        return self.config.text != "none"
+
     def with_sampling(self, **changes: Any) -> "AutoregressiveWorldModel":
         """The same weights with other sampling settings (`solver_steps`, `history_level`, `router`), checked against training."""
         other = object.__new__(AutoregressiveWorldModel)
@@ -239,10 +249,10 @@ class AutoregressiveWorldModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "AutoregressiveWorldModel":
         def build(config: Any, spec: WorldSpec, source: str) -> "AutoregressiveWorldModel":
-            if "model" not in config:
+            if "network" not in config.get("model", {}):
                 raise CheckpointError(
-                    f"{source}: a world model with weights of its own is required here, this is a member of one of several "
-                    "robots, which `load_world_model` reads."
+                    f"{source}: a world model of kind {KIND} with weights of its own is required here, this is a member of one of "
+                    "several robots or of another kind: `load_world_model` reads them all."
                 )
             return cls(
                 read_config(config["model"], source),

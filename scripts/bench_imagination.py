@@ -3,7 +3,8 @@
     python scripts/bench_imagination.py
     python scripts/bench_imagination.py --world-model runs/wm --scorer runs/success --policy runs/bc50 --batches 64
 
-Without folders, untrained models of the `tiny` presets are timed: two cameras of 64x64, latents of 8x8x8. Every imagined
+Without folders, untrained models of the `tiny` presets are timed: two cameras of 64x64, latents of 8x8x8; both kinds of world model, the
+transformer and World4RL's U-Net (which has no cache: four frames are its state). Every imagined
 frame is timed by itself; the best of `--frames` after one for warming up counts. Cache off is the honest alternative: the
 last `window` frames are observed anew before each frame. The policy is asked at every frame, so that all frames cost alike.
 """
@@ -27,9 +28,11 @@ from worldline.rl_in_imagination.dream import Dream, Timer
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
 from worldline.tokenizers import AutoencoderConfig, AutoencoderTokenizer, Tokenizer, build_autoencoder
 from worldline.trainers.world_model import PRESETS
+from worldline.trainers.world_model_edm import PRESETS as EDM_PRESETS
 from worldline.types import ActionSpec, CameraSpec, Clip, Imagination, Observation, TensorState, WorldSpec
-from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
+from worldline.worldmodels import AutoregressiveWorldModel, EDMWorldModel, TrainedWorldModel, load_world_model
 
+KINDS = ("transformer", "unet")
 PARTS = ("denoiser", "decoder", "policy", "scorer")
 GOAL = 0.05  # share of the wall time that may be spent outside the parts
 
@@ -70,6 +73,7 @@ class WithoutCache:
 class Row:
     """One measurement. `parts` are shares of the wall time, `bytes_per_env` the world model's state after the first and last frame."""
 
+    kind: str
     batch: int
     steps: int
     cache: bool
@@ -79,8 +83,8 @@ class Row:
     bytes_per_env: tuple[int, int] | None
 
 
-def tiny_models() -> tuple[AutoregressiveWorldModel, Tokenizer, ClonedPolicy, SuccessScorer]:
-    """Untrained models of the `tiny` presets' sizes."""
+def tiny_models(kind: str) -> tuple[TrainedWorldModel, Tokenizer, ClonedPolicy, SuccessScorer]:
+    """Untrained models of the `tiny` presets' sizes; `kind`: transformer or unet."""
     torch.manual_seed(0)
     cameras = (CameraSpec(name="front", height=64, width=64), CameraSpec(name="wrist", height=64, width=64))
     tokenizer = AutoencoderTokenizer(cameras, build_autoencoder(AutoencoderConfig())).eval()
@@ -92,8 +96,12 @@ def tiny_models() -> tuple[AutoregressiveWorldModel, Tokenizer, ClonedPolicy, Su
     spec = WorldSpec(cameras=cameras, fps=10.0, control_steps=4, action=action, pose_names=names)
     unit = RobustNormalizer(low=(-1.0,) * 4, high=(1.0,) * 4)
     normalizers: dict[str, Any] = {"action_normalizer": unit, "pose_normalizer": unit}
-    config = PRESETS["tiny"][1]["model"]
-    world = AutoregressiveWorldModel(config, replace(spec, latent=tokenizer.latent_spec), **normalizers)
+    latent = replace(spec, latent=tokenizer.latent_spec)
+    world: TrainedWorldModel
+    if kind == "transformer":
+        world = AutoregressiveWorldModel(PRESETS["tiny"][1]["model"], latent, **normalizers)
+    else:
+        world = EDMWorldModel(EDM_PRESETS["tiny"][1]["model"], latent, **normalizers)
     policy = ClonedPolicy(PolicyConfig(), spec, **normalizers)
     return world.eval(), tokenizer, policy.eval(), SuccessScorer(SuccessConfig(), spec).eval()
 
@@ -112,11 +120,12 @@ def state_bytes(state: Any) -> int:
 
 
 def measure(
-    world: AutoregressiveWorldModel,
+    world: TrainedWorldModel,
     tokenizer: Tokenizer,
     policy: ClonedPolicy,
     scorer: SuccessScorer,
     *,
+    kind: str,
     batch: int,
     steps: int,
     cache: bool,
@@ -125,7 +134,11 @@ def measure(
     """Roll `frames` + 1 frames; the fastest but the first counts."""
     timer = SynchronisedTimer()
     sampler = world.with_sampling(solver_steps=steps)
-    dream = Dream(sampler if cache else WithoutCache(sampler), tokenizer, timer=timer)
+    used: Any = sampler
+    if not cache:
+        assert isinstance(sampler, AutoregressiveWorldModel), "the other kind has no cache"
+        used = WithoutCache(sampler)
+    dream = Dream(used, tokenizer, timer=timer)
     executor, seeds = ChunkExecutor(policy, execute=policy.spec.control_steps), torch.arange(batch)
     observation = Observation(
         images={
@@ -137,7 +150,7 @@ def measure(
     state, acting, scoring = dream.start(observation, seeds=seeds), executor.reset(batch), scorer.reset(batch)
     if not cache:  # a full window, as in the middle of a rollout
         world_state = state.world
-        for _ in range(sampler.config.network.window - 1):
+        for _ in range(used.window - 1):
             tensors = {k: torch.cat([z, z[:, -1:]], 1) for k, z in world_state.tensors.items() if k != "actions"}
             zeros = torch.zeros(batch, tensors["poses"].shape[1] - 1, world.spec.control_steps, world.spec.action.dim)
             world_state = TensorState(tensors=tensors | {"actions": zeros}, rows=batch)
@@ -158,6 +171,7 @@ def measure(
     wall, seconds = best
     parts = {part: seconds.get(part, 0.0) / wall for part in PARTS}
     return Row(
+        kind=kind,
         batch=batch,
         steps=steps,
         cache=cache,
@@ -169,13 +183,13 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    head = ["batch", "steps", "cache", "frames/s", "ms/frame", *PARTS, "overhead", "KB/env"]
-    lines = ["".join(f"{name:>10}" for name in head)]
+    head = ["kind", "batch", "steps", "cache", "frames/s", "ms/frame", *PARTS, "overhead", "KB/env"]
+    lines = [f"{head[0]:>12}" + "".join(f"{name:>10}" for name in head[1:])]
     for row in rows:
         shares = "".join(f"{100 * row.parts[part]:>9.1f}%" for part in (*PARTS, "overhead"))
         memory = f"{row.bytes_per_env[1] / 1024:>10.0f}" if row.bytes_per_env else f"{'-':>10}"
         lines.append(
-            f"{row.batch:>10}{row.steps:>10}{'on' if row.cache else 'off':>10}{row.frames_per_second:>10.1f}"
+            f"{row.kind:>12}{row.batch:>10}{row.steps:>10}{'on' if row.cache else 'off':>10}{row.frames_per_second:>10.1f}"
             f"{row.ms_per_frame:>10.2f}{shares}{memory}"
         )
     return "\n".join(lines)
@@ -184,9 +198,10 @@ def table(rows: list[Row]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-model", type=Path, help="folder of a trained world model")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="untrained world models to time")
     parser.add_argument("--policy", type=Path, help="folder of a trained policy")
     parser.add_argument("--scorer", type=Path, help="folder of a trained scorer")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="solver steps")
     parser.add_argument("--frames", type=int, default=3, help="frames timed, after one for warming up; the best counts")
     parser.add_argument("--no-cache-up-to", type=int, default=16, help="largest batch that is also timed without cache")
@@ -199,26 +214,28 @@ def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    world, tokenizer, policy, scorer = tiny_models()
-    if args.world_model:
-        world, tokenizer = load_world_model(args.world_model)
-    if args.policy:
-        policy = ClonedPolicy.from_pretrained(args.policy)
-    if args.scorer:
-        scorer = SuccessScorer.from_pretrained(args.scorer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for module in (world, tokenizer, policy, scorer):
-        module.to(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    weights = sum(p.numel() for p in world.parameters())
-    print(f"{name} · torch {torch.__version__} · world model of {weights / 1e6:.1f}M weights", flush=True)
+    print(f"{name} · torch {torch.__version__}", flush=True)
     rows = []
-    for cache in (True, False):
-        for batch in args.batches:
-            for steps in args.steps if cache or batch <= args.no_cache_up_to else ():
-                options: dict[str, Any] = {"batch": batch, "steps": steps, "cache": cache, "frames": args.frames}
-                rows.append(measure(world, tokenizer, policy, scorer, **options))
-                print(f"  {options}: {rows[-1].frames_per_second:.1f} frames/s", flush=True)
+    for kind in ("given",) if args.world_model else args.kinds:
+        world, tokenizer, policy, scorer = tiny_models("transformer" if args.world_model else kind)
+        if args.world_model:
+            world, tokenizer = load_world_model(args.world_model)
+        if args.policy:
+            policy = ClonedPolicy.from_pretrained(args.policy)
+        if args.scorer:
+            scorer = SuccessScorer.from_pretrained(args.scorer)
+        for module in (world, tokenizer, policy, scorer):
+            module.to(device)
+        print(f"  {kind}: {sum(p.numel() for p in world.parameters()) / 1e6:.1f}M weights", flush=True)
+        caches = (True, False) if isinstance(world, AutoregressiveWorldModel) else (True,)
+        for cache in caches:
+            for batch in args.batches:
+                for steps in args.steps if cache or batch <= args.no_cache_up_to else ():
+                    options: dict[str, Any] = {"batch": batch, "steps": steps, "cache": cache, "frames": args.frames}
+                    rows.append(measure(world, tokenizer, policy, scorer, kind=kind, **options))
+                    print(f"  {kind}, {options}: {rows[-1].frames_per_second:.1f} frames/s", flush=True)
     print(table(rows))
     worst = max(row.parts["overhead"] for row in rows if row.cache)
     grown = [row for row in rows if row.bytes_per_env and row.bytes_per_env[0] != row.bytes_per_env[1]]

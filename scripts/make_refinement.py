@@ -1,0 +1,292 @@
+"""Makes the refinement tables of docs/results.md: a cloned policy made better in the dream, and its controls on the same real data.
+
+    python scripts/make_refinement.py --out results-refinement
+
+For every task and seed: a policy cloned from few demonstrations; the same after PPO in the frozen world model; after fine-tuning on
+imagined successes; and two controls that are given the real episodes the world model learned from, and no dream: cloning of the
+successes among them, and implicit Q-learning. All act in the simulator from the same starts, which no training saw. World model and
+scorer learn from scripted episodes and from rollouts of a policy of another lineage, never of the refined one.
+Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
+
+What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds or --budget.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from result_tables import row, table
+from scipy.stats import binomtest
+from stages import record, train
+from statsmodels.stats.multitest import multipletests
+
+from worldline.commands.recording import cores
+from worldline.commands.refining import Refine, run_refine
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of
+from worldline.commands.sampling import load_dream
+from worldline.commands.synthesizing import Synthesize, run_synthesize
+from worldline.errors import DatasetError
+from worldline.eval.intervals import newcombe_paired, wilson
+from worldline.policies import load_policy
+from worldline.rl_in_imagination.success import episode_success
+from worldline.rl_in_imagination.synthesis import SynthesisConfig
+from worldline.trainers import offline, policy, scorer, tokenizer, world_model
+from worldline.trainers.loop import LoopConfig
+from worldline.trainers.refinement import RefineSettings
+
+ARMS = ("cloned", "refined", "fine-tuned", "filtered-bc", "iql")
+PERSIST = 2  # frames that success must hold, as the scorers' rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeRefinement:
+    """Record, train, refine, judge in the simulator, print the tables."""
+
+    out: Path
+    tasks: tuple[str, ...] = ("drawer-open-v3", "button-press-topdown-v3")
+    seeds: int = 2
+    """Of policies, world models, scorers and refinements; datasets and tokenizers are shared."""
+    budget: float = 1.0
+    """Multiplies the training steps of tokenizer, world model and scorer, and the imagined episodes."""
+    episodes: int = 240
+    """Scripted episodes a task that world model and scorer learn from."""
+    rollouts: int = 80
+    """And rollouts of a policy of another lineage."""
+    demonstrations: int = 5
+    """That the policies are cloned from: few, so that they fail often."""
+    policy_steps: int = 200
+    test_episodes: int = 100
+    frames: int = 41
+    """Of an episode, in the dream and in the simulator."""
+    rl: RefineSettings = field(default_factory=RefineSettings)
+
+
+def steps(config: MakeRefinement, base: int) -> int:
+    return max(20, int(base * config.budget))
+
+
+def prepare(config: MakeRefinement, task: str) -> None:
+    """Datasets, the other lineage's policy and its rollouts, the tokenizer."""
+    home, world = config.out / task, f"metaworld/{task}"
+    record(home / "scripted", world, config.episodes, policy="mixed", seed=0)
+    record(home / "demonstrations", world, config.demonstrations + 4, policy="expert", seed=2)
+    record(home / "other-demonstrations", world, config.demonstrations + 4, policy="expert", seed=3)
+    clone(config, home / "other-demonstrations", home / "other", seed=1000)
+    record(home / "rollouts", world, config.rollouts, policy=str(home / "other"), seed=4)
+    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=steps(config, 1000))
+    train(tokenizer, tokenizer.TrainTokenizer(data=real(home), out=home / "tok", loop=loop))
+
+
+def real(home: Path) -> tuple[Path, ...]:
+    """What world models, scorers and the controls learn from."""
+    return home / "scripted", home / "rollouts"
+
+
+def clone(config: MakeRefinement, data: Path, out: Path, *, seed: int) -> Path:
+    loop = LoopConfig(steps=config.policy_steps, batch_size=64, lr=1e-3, seed=seed)
+    settings = policy.TrainPolicy(
+        data=(data,), out=out, kind="bc", episodes=config.demonstrations, demonstrations="all", loop=loop
+    )
+    return train(policy, settings)
+
+
+def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
+    """The policies of one task and seed."""
+    home = config.out / task
+    judges = home / f"wm{seed}", home / f"success{seed}"
+    wm = world_model.PRESETS["tiny"][1]
+    settings = world_model.TrainWorldModel(
+        data=real(home),
+        tokenizer=home / "tok",
+        out=judges[0],
+        model=wm["model"],
+        loop=replace(wm["loop"], steps=steps(config, 4000), seed=seed),
+    )
+    train(world_model, settings)
+    loop = LoopConfig(steps=steps(config, 800), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+    train(scorer, scorer.TrainScorer(data=real(home), out=judges[1], tokenizer=home / "tok", loop=loop))
+    cloned = clone(config, home / "demonstrations", home / f"cloned{seed}", seed=seed)
+    refined = home / f"refined{seed}"
+    if not (refined / "report.json").is_file():
+        run_refine(
+            Refine(
+                policy=cloned,
+                world_model=judges[0],
+                scorer=judges[1],
+                data=real(home),
+                out=refined,
+                rl=replace(config.rl, seed=seed, frames=config.frames, iterations=steps(config, config.rl.iterations)),
+                override_audit=True,
+                truth=f"metaworld/{task}",
+                truth_episodes=config.test_episodes // 2,
+            )
+        )
+    imagined = imagine(config, home, cloned, judges, seed)
+    tune = LoopConfig(steps=config.policy_steps, batch_size=64, lr=5e-4, seed=seed)
+    tuned = policy.TrainPolicy(
+        data=(home / "demonstrations", imagined or cloned),
+        out=home / f"fine-tuned{seed}",
+        demonstrations="success",
+        init_from=cloned,
+        imagined_share=0.5,
+        loop=tune,
+    )
+    longer = LoopConfig(steps=4 * config.policy_steps, batch_size=64, lr=1e-3, seed=seed)
+    filtered = policy.TrainPolicy(
+        data=real(home), out=home / f"filtered-bc{seed}", init_from=cloned, demonstrations="success", loop=longer
+    )
+    iql = offline.TrainOffline(data=real(home), out=home / f"iql{seed}", init_from=cloned, loop=longer)
+    return {
+        "cloned": cloned,
+        "refined": refined,
+        "fine-tuned": cloned if imagined is None else train(policy, tuned),
+        "filtered-bc": train(policy, filtered),
+        "iql": train(offline, iql),
+    }
+
+
+def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path, Path], seed: int) -> Path | None:
+    """The dataset of imagined successes; None where none was imagined, so that there is nothing to fine-tune on."""
+    out = home / f"imagined{seed}"
+    settings = Synthesize(
+        policies=(str(cloned), f"{cloned}@noise=0.3"),
+        world_model=judges[0],
+        scorer=judges[1],
+        data=real(home),
+        out=out,
+        episodes=steps(config, 400),
+        make=SynthesisConfig(frames=config.frames),
+        override_audit=True,
+        seed=seed,
+    )
+    if not (out / "synthesis" / "report.json").is_file():
+        try:
+            run_synthesize(settings)
+        except DatasetError as error:
+            print(f"{out}: {error}", flush=True)
+            return None
+    return out
+
+
+def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -> dict[str, np.ndarray]:
+    """True success of every arm's episodes, from the same starts."""
+    home = config.out / task
+    spec = load_dream(home / f"wm{seed}").spec
+    settings = TruthSettings(
+        world=f"metaworld/{task}",
+        spec=spec,
+        episodes=config.test_episodes,
+        starts=config.test_episodes,
+        horizon=(config.frames - 1) * spec.control_steps,
+        frames=config.frames,
+        seed=50 + seed,
+        processes=cores(),
+    )
+    found = {}
+    with Truth(settings, Kept(config.out / "truth")) as truth:
+        for name, folder in made.items():
+            acting = load_policy(str(folder), spec=spec)
+            frames = truth.frame_success(identity_of(str(folder), acting), acting, progress=f"{task} {name} {seed}")
+            found[name] = episode_success(frames, persist=PERSIST).numpy()
+    return found
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def rate(won: np.ndarray) -> str:
+    between = wilson(int(won.sum()), len(won))
+    return f"{won.mean():.2f} [{between.low:.2f}, {between.high:.2f}]"
+
+
+def gain(ours: np.ndarray, theirs: np.ndarray) -> str:
+    between = newcombe_paired(ours.astype(float), theirs.astype(float))
+    return f"{ours.mean() - theirs.mean():+.2f} [{between.low:+.2f}, {between.high:+.2f}]"
+
+
+def mean_gain(cells: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Mean over tasks and seeds of paired gains; the interval resamples tasks x seeds, and the episodes within each."""
+    generator = np.random.default_rng(0)
+    draws = []
+    for _ in range(4000):
+        means = []
+        for i in generator.integers(len(cells), size=len(cells)):
+            ours, theirs = cells[i]
+            rows = generator.integers(len(ours), size=len(ours))
+            means.append(ours[rows].mean() - theirs[rows].mean())
+        draws.append(np.mean(means))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{np.mean([a.mean() - b.mean() for a, b in cells]):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def losses(cells: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Cells in which an arm is worse than the cloned policy, by McNemar's exact test, two-sided, after Holm."""
+    p = []
+    for ours, theirs in cells.values():
+        won, lost = int((ours & ~theirs).sum()), int((~ours & theirs).sum())
+        p.append(binomtest(won, won + lost).pvalue if won + lost else 1.0)
+    kept = multipletests(p, method="holm")[0]
+    worse = [name for (name, (a, b)), significant in zip(cells.items(), kept) if significant and a.mean() < b.mean()]
+    return ", ".join(worse) or "none"
+
+
+def curve_rows(config: MakeRefinement) -> list[str]:
+    """Imagined against true success along each refinement."""
+    rows = []
+    for task in config.tasks:
+        for seed in range(config.seeds):
+            report = json.loads((config.out / task / f"refined{seed}" / "report.json").read_text())["results"]
+            for r in report["truth"]["checked"]:
+                published = " (published)" if r["iteration"] == report["best_iteration"] else ""
+                low, high = r["true_interval"]
+                rows.append(
+                    row(
+                        f"{task}, {seed}",
+                        f"{r['iteration']}{published}",
+                        f"{r['imagined']:.2f}",
+                        f"{r['true']:.2f} [{low:.2f}, {high:.2f}]",
+                        f"{r['called_success']} of {r['failures']}",
+                    )
+                )
+    return rows
+
+
+def main(config: MakeRefinement) -> None:
+    torch.manual_seed(0)
+    won: dict[str, dict[str, np.ndarray]] = {}
+    for task in config.tasks:
+        prepare(config, task)
+        for seed in range(config.seeds):
+            won[f"{task}, {seed}"] = judge(config, task, seed, arms(config, task, seed))
+    rows = [
+        row(cell, *(rate(made[name]) for name in ARMS), *(gain(made[name], made["cloned"]) for name in ARMS[1:3]))
+        for cell, made in won.items()
+    ]
+    summary: list[str] = []
+    for name in ARMS[1:]:
+        against: list[Any] = [mean_gain([(made[name], made["cloned"]) for made in won.values()])]
+        for control in ("filtered-bc", "iql"):
+            cells = [(made[name], made[control]) for made in won.values()]
+            against.append("–" if name in ("filtered-bc", "iql") else mean_gain(cells))
+        worse = losses({cell: (made[name], made["cloned"]) for cell, made in won.items()})
+        summary.append(row(name, *against, worse))
+    sections = [
+        f"True success, {config.test_episodes} episodes each from the same starts.",
+        table(f"| task, seed | {' | '.join(ARMS)} | refined - cloned | fine-tuned - cloned |", rows),
+        table("| mean gain over tasks and seeds | on cloned | on filtered BC | on IQL | significant losses |", summary),
+        table(
+            "| task, seed | iteration | imagined success | true success | true failures that the dream calls a success |",
+            curve_rows(config),
+        ),
+    ]
+    text = "\n\n".join(sections) + "\n"
+    (config.out / "tables.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MakeRefinement, description=__doc__))

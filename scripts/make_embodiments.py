@@ -22,10 +22,9 @@ from result_tables import row, table
 from stages import record, train
 from torch import Tensor
 
-from worldline.commands.dreaming import open_for
 from worldline.commands.sampling import load_dream
 from worldline.eval.intervals import bootstrap_distribution
-from worldline.eval.replays import Replays, load_replays
+from worldline.eval.replays import Replays, load_replays, open_for
 from worldline.eval.world_model import replay_in_dream
 from worldline.rl_in_imagination.dream import Dream
 from worldline.trainers import tokenizer, world_model, world_models

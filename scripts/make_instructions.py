@@ -19,13 +19,12 @@ from result_tables import row, table
 from stages import record, train
 from torch import Tensor
 
-from worldline.commands.dreaming import open_for
 from worldline.commands.sampling import load_dream
 from worldline.data import LeRobotDataset
 from worldline.eval import video_grid, write_mp4
 from worldline.eval.intervals import wilson
 from worldline.eval.probes import Probe
-from worldline.eval.replays import Replays, load_replays
+from worldline.eval.replays import Replays, load_replays, open_for
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.sim.arm_kinematics import CELLS, nearest_cell
 from worldline.sim.arm_scene import CELL_COLUMNS, CELLS_FROM, COLOURS, SHAPES, TARGET
@@ -56,8 +55,7 @@ def prepare(config: MakeInstructions) -> None:
     record(home / "data", "arm/reach", config.episodes, policy="expert", seed=0)
     record(home / "test", "arm/reach", config.tests, policy="expert", seed=1000)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(1400 * config.budget))
-    # the hand is a few pixels of the top view: with the usual weight of what moves it is hardly there after decoding
-    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", loop=loop, motion_weight=20.0))
+    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", loop=loop))
     judge = LoopConfig(steps=int(1000 * config.budget), batch_size=64, lr=1e-3, ema=0.99)
     reader = probe.TrainProbe(
         data=(home / "data",),

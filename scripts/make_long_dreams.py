@@ -25,12 +25,12 @@ import tyro
 from result_tables import row, table
 from stages import record, train, training_gflop
 
-from worldline.commands.dreaming import Evaluate, open_for, run_eval
+from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.sampling import load_dream
 from worldline.diffusion import LevelDistribution
 from worldline.eval.drift import drift_results
 from worldline.eval.excess import ExcessRatio, excess_ratio, excess_ratio_of_reports
-from worldline.eval.replays import Replays, join_replays, load_replays
+from worldline.eval.replays import Replays, join_replays, load_replays, open_for
 from worldline.eval.video_metrics import compare_videos
 from worldline.eval.world_model import replay_in_dream
 from worldline.rl_in_imagination.dream import Dream

@@ -19,11 +19,10 @@ import tyro
 from result_tables import row, table
 from stages import record, train
 
-from worldline.commands.dreaming import open_for
 from worldline.commands.sampling import load_dream
 from worldline.eval.intervals import bootstrap_distribution
 from worldline.eval.probes import Probe
-from worldline.eval.replays import load_replays
+from worldline.eval.replays import load_replays, open_for
 from worldline.eval.revisit import revisit_identity
 from worldline.trainers import probe, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig

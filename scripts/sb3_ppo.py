@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from worldline.commands.sampling import load_dream
 from worldline.errors import WorldlineError
+from worldline.eval.replays import load_starts
 from worldline.rl_in_imagination import ImaginedVectorEnv, SuccessScorer
 from worldline.rl_in_imagination.stable_baselines import ImaginedVecEnv
-from worldline.trainers.refinement import load_starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

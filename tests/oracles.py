@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,21 @@ def dot_tokenizer() -> PixelPatches:
 
 def encoded(clip: Clip, tokenizer: PixelPatches) -> Clip:
     return replace(clip, frames=tokenizer.encode(clip.frames))
+
+
+def fit(model: Any, draw: Callable[[int], Clip], *, steps: int, lr: float) -> Any:
+    """A world model after `steps` of AdamW, each on the clip that `draw` gives for its number."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        loss, _ = model.loss(draw(step), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
 
 
 class ExactDotWorldModel:

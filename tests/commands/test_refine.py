@@ -1,12 +1,18 @@
 """`worldline refine` through the command line: a policy folder with a report, judged in the simulator on request."""
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from tests.commands.conftest import Lab, Run
 from tests.commands.dots import WORLD
 from tests.commands.test_all_verbs import results
+from worldline import cli
 from worldline.checkpoint import load_config
+from worldline.commands.refining import Refine
+from worldline.rl_in_imagination.ppo import PPOConfig
+from worldline.trainers.refinement import RefineSettings
 
 SMALL = [
     "--rl.rows", 4, "--rl.frames", 5, "--rl.check-every", 1, "--rl.check-episodes", 4, "--rl.critic-first", 0,
@@ -35,6 +41,18 @@ def test_refined_policies_rank_and_refine_like_any_other(lab: Lab, worldline: Ru
     assert found["replayed"]["called_success"] <= found["replayed"]["failures"]
     made = load_config(out, part="policy")["provenance"]
     assert made["refined_from"] == str(lab.bc) and made["iteration"] == found["best_iteration"]
+    words = shlex.split(json.loads((out / "report.json").read_text())["command"])
+    assert words[:2] == ["worldline", "refine"] and words[words.index("--rl.rows") + 1] == "4"
+    assert cli._parse(Refine, "refine", words[2:]).rl == replace(
+        RefineSettings(),
+        rows=4,
+        frames=5,
+        check_every=1,
+        check_episodes=4,
+        critic_first=0,
+        iterations=2,
+        ppo=PPOConfig(epochs=1),
+    )  # the page's command is the command
     warned = json.loads((out / "report.json").read_text())["warnings"]
     assert any("failed its audit" in w for w in warned) == bool(found["audit_failures"])
 

@@ -211,10 +211,11 @@ def test_what_goes_wrong_is_said(decisions: Decisions) -> None:
         updater.update(decisions, generator=torch.Generator().manual_seed(0))
     spoiled = decisions.reward.clone()
     spoiled[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="finite rewards required, got nan in row 3, decision 2"):
-        Updater(leaning(), None, PPOConfig()).update(
-            replace(decisions, reward=spoiled), generator=torch.Generator().manual_seed(0)
-        )
+    for algorithm in ("ppo", "grpo"):
+        with pytest.raises(WorldlineError, match=r"got nan in row 3, decision 2\. The scorer gave it"):
+            Updater(leaning(), None, PPOConfig(algorithm=algorithm)).update(
+                replace(decisions, reward=spoiled), generator=torch.Generator().manual_seed(0)
+            )
     with pytest.raises(
         PolicyError, match="a policy with `distribution` and `chunk` is required to be refined, got DotPolicy"
     ):

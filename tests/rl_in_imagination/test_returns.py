@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from worldline.rl_in_imagination.returns import advantages, group_advantages, returns
+from worldline.errors import WorldlineError
+from worldline.rl_in_imagination.returns import advantages, group_advantages, require_finite, returns
 
 NO = torch.zeros(1, 3, dtype=torch.bool)
 REWARD, VALUE, AFTER = (
@@ -68,9 +69,9 @@ def test_a_perfect_value_leaves_no_advantage() -> None:
 def test_nan_rewards_are_named() -> None:
     reward = torch.zeros(3, 4)
     reward[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="finite rewards required, got nan in row 2, decision 1"):
-        no = torch.zeros(3, 4, dtype=torch.bool)
-        advantages(reward, reward, reward, no, no, discount=1.0, smoothing=1.0)
+    with pytest.raises(WorldlineError, match="finite rewards required, got nan in row 2, decision 1"):
+        require_finite(reward)
+    require_finite(torch.zeros(3, 4))
 
 
 def test_groups_are_compared_within_themselves() -> None:

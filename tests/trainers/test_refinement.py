@@ -10,21 +10,19 @@ from tests.oracles import SPEC, DotScorer, ExactDotWorldModel, dot_tokenizer
 from tests.policies.dots import small_policy
 from worldline.checkpoint import read_tensors
 from worldline.errors import CheckpointError, PolicyError, SpecMismatch, WorldlineError
-from worldline.eval.replays import Replays
+from worldline.eval.replays import Replays, load_starts
 from worldline.policies import SteeredPolicy, load_policy
 from worldline.rl_in_imagination.dream import Dream
 from worldline.rl_in_imagination.ppo import PPOConfig
-from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, audit_failures
+from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, audit_failures, check_scorer
 from worldline.trainers import refinement
 from worldline.trainers.refinement import (
     Judges,
     Refinement,
     RefineSettings,
     best_of,
-    check_scorer,
     claim,
     load_actor,
-    load_starts,
     refine,
 )
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.oracles import SPEC, dot_clip, dot_tokenizer, draw, encoded, locate, move
+from tests.oracles import SPEC, dot_clip, dot_tokenizer, draw, encoded, fit, locate, move
 from tests.worldmodels.test_options import MEMORY, clip_of, first, model_of
 from worldline.data.normalization import RobustNormalizer
 from worldline.diffusion import LevelDistribution
@@ -105,17 +105,7 @@ def test_the_sentence_alone_decides_where_the_dot_goes():
         action_normalizer=RobustNormalizer.fit(dot_clip(64, 4, 5).actions),
         pose_normalizer=RobustNormalizer.fit(dot_clip(64, 4, 5).poses),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=300, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(300):
-        loss, _ = model.loss(encoded(said(32, 7, 1000 + step), dot_tokenizer()), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
+    fit(model, lambda step: encoded(said(32, 7, 1000 + step), dot_tokenizer()), steps=300, lr=5e-3)
     clip = said(64, 5, 7)
     start = Observation(images={"top": clip.frames["top"][:, 0]}, pose=clip.poses[:, 0], instruction=clip.instruction)
     for words in WORDS:

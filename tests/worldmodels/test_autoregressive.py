@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, locate
+from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, fit, locate
 from worldline.data.normalization import RobustNormalizer
 from worldline.diffusion import LevelDistribution, solver_levels
 from worldline.errors import CheckpointError, SpecMismatch
@@ -223,17 +223,7 @@ def test_levels_asked_for_in_sampling_are_levels_shown_in_training():
 
 def _train(model: AutoregressiveWorldModel, steps: int) -> AutoregressiveWorldModel:
     tokenizer = dot_tokenizer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        loss, _ = model.loss(encoded(dot_clip(32, 9, 1000 + step), tokenizer), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    return fit(model, lambda step: encoded(dot_clip(32, 9, 1000 + step), tokenizer), steps=steps, lr=5e-3)
 
 
 def test_a_small_model_learns_the_dot_world_and_follows_its_actions():

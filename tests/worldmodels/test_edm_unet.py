@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, locate
+from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, fit, locate
 from worldline.data.normalization import RobustNormalizer
 from worldline.diffusion import LogNormalSigmas, row_noise
 from worldline.errors import CheckpointError, SpecMismatch
@@ -178,17 +178,7 @@ def test_settings_that_cannot_be_are_refused(options, message):
 def _train(model: EDMWorldModel, steps: int) -> EDMWorldModel:
     tokenizer = dot_tokenizer()
     model.fit_change(encoded(dot_clip(64, 6, 77), tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        loss, _ = model.loss(encoded(dot_clip(32, 6, 1000 + step), tokenizer), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    return fit(model, lambda step: encoded(dot_clip(32, 6, 1000 + step), tokenizer), steps=steps, lr=3e-3)
 
 
 @pytest.mark.parametrize(("encoding", "target"), [("two-hot", "frame"), ("plain", "change")])

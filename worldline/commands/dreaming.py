@@ -12,14 +12,14 @@ from torch import Tensor
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
 from worldline.commands.sampling import SamplingFlags, load_dream
-from worldline.data import LeRobotDataset, strided
+from worldline.data import LeRobotDataset
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
 from worldline.eval.consistency import by_camera
 from worldline.eval.probes import Probe
 from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
-from worldline.eval.replays import Replays, join_replays, load_replays, range_results, within_range
+from worldline.eval.replays import Replays, join_replays, load_replays, open_for, range_results, within_range
 from worldline.eval.revisit import revisit_identity
 from worldline.eval.world_model import evaluate_world_model
 from worldline.rl_in_imagination.dream import Dream, rollout
@@ -62,14 +62,6 @@ def _at_least(config: Any, **least: int) -> None:
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')}: at least {low} required, got {value}")
-
-
-def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
-    """The dataset and the stride at which it is the world model's. Raises `SpecMismatch` with the differing fields."""
-    dataset = LeRobotDataset(data, cameras=[c.name for c in dream.spec.cameras])
-    stride = max(1, dream.spec.control_steps // max(1, dataset.spec.control_steps))
-    require_match(strided(dataset.spec, stride), dream.spec, between=f"dataset {data} and world model")
-    return dataset, stride
 
 
 def run_imagine(config: Imagine, *, progress: bool = True) -> Path:

@@ -1,7 +1,8 @@
 """Output folders of the verbs: what may be written where, and the command that a report repeats."""
 
 import shlex
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,21 @@ def release_claim(out: Path) -> None:
 
 
 def command_line(verb: str, config: Any) -> str:
-    """The command that gives `config`: every field that is not at its default."""
-    parts = ["worldline", verb]
+    """The command that gives `config`: every field that is not at its default, those of nested settings as `--rl.rows 8`."""
+    return shlex.join(["worldline", verb, *_flags(config, "")])
+
+
+def _flags(config: Any, prefix: str) -> list[str]:
+    parts: list[str] = []
     for f in fields(config):
-        value = getattr(config, f.name)
-        if value is None or (f.default is not MISSING and value == f.default):
+        value, name = getattr(config, f.name), f"{prefix}{f.name.replace('_', '-')}"
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value is None or (default is not MISSING and value == default):
             continue
-        flag = f"--{f.name.replace('_', '-')}"
-        parts += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(parts)
+        if is_dataclass(value):
+            parts += _flags(value, f"{name}.")
+        elif isinstance(value, Mapping):
+            parts += [f"--{name}", *(str(part) for pair in value.items() for part in pair)]
+        else:
+            parts += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return parts

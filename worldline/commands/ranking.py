@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from worldline.commands.dreaming import open_for
 from worldline.commands.independence import shared_with_training
 from worldline.commands.outputs import check_report_folder, command_line
 from worldline.commands.ranking_page import ranking_page
@@ -36,7 +35,7 @@ from worldline.eval.ranking import (
     summarize_ranking,
     tokenizer_table,
 )
-from worldline.eval.replays import Replays, join_replays, load_replays, range_results
+from worldline.eval.replays import Replays, join_replays, load_replays, open_for, range_results
 from worldline.executor import index_observation
 from worldline.policies import ThroughTokenizer, load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout

@@ -18,20 +18,18 @@ from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
 from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic
-from worldline.eval.replays import Replays
+from worldline.eval.replays import Replays, load_starts
 from worldline.executor import index_observation
 from worldline.policies import load_policy
 from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream, rollout
-from worldline.rl_in_imagination.success import SuccessScorer, episode_probability, episode_success
+from worldline.rl_in_imagination.success import SuccessScorer, check_scorer, episode_probability, episode_success
 from worldline.trainers.refinement import (
     Judges,
     Refinement,
     RefineSettings,
-    check_scorer,
     claim,
     load_actor,
-    load_starts,
     refine,
 )
 from worldline.types import require_match

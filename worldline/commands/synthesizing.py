@@ -17,11 +17,11 @@ from worldline.errors import DatasetError
 from worldline.eval import Report, video_grid
 from worldline.eval.plots import score_histogram
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
+from worldline.eval.replays import load_starts
 from worldline.policies import load_policy
 from worldline.rl_in_imagination.dream import Dream
-from worldline.rl_in_imagination.success import SuccessScorer
+from worldline.rl_in_imagination.success import SuccessScorer, check_scorer
 from worldline.rl_in_imagination.synthesis import ImaginedEpisode, SynthesisConfig, synthesize
-from worldline.trainers.refinement import check_scorer, load_starts
 from worldline.types import Policy, WorldSpec, require_match
 
 NOTES = "synthesis.json"  # in the staging folder: how far it has come
@@ -103,8 +103,8 @@ def run_synthesize(config: Synthesize, *, progress: bool = True) -> Path:
             write_json(writer.staging / NOTES, notes)
             bar.set_postfix({"kept": notes["kept"]})
     _check_kept(config, notes, threshold)
+    _report(config, dream, notes, shown, threshold, chosen_by, failures)  # before the notes are gone with the staging
     writer.finish()
-    _report(config, dream, notes, shown, threshold, chosen_by, failures)
     return config.out
 
 

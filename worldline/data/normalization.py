@@ -106,6 +106,19 @@ class RobustNormalizer:
         return from_json(cls, dict(data), source=source)
 
 
+def normalizers_to_json(actions: RobustNormalizer, poses: RobustNormalizer) -> dict[str, Any]:
+    """What a checkpoint's config says of a model's normalisation."""
+    return {"action_normalizer": actions.to_dict(), "pose_normalizer": poses.to_dict()}
+
+
+def normalizers_from_json(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """`action_normalizer` and `pose_normalizer` as such a config says."""
+    return {
+        name: RobustNormalizer.from_dict(config[name], source=source)
+        for name in ("action_normalizer", "pose_normalizer")
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormalizerSet:
     """One normalizer per embodiment, so that robots with other ranges can share a model."""

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from worldline.data import LeRobotDataset
+from worldline.data import LeRobotDataset, strided
 from worldline.errors import DatasetError
-from worldline.types import ActionSpec, Observation
+from worldline.rl_in_imagination.dream import Dream
+from worldline.types import ActionSpec, Observation, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,24 @@ def join_replays(parts: Sequence[Replays]) -> Replays:
         states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
         causes=tuple(cause for part in parts for cause in part.causes),
     )
+
+
+def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
+    """The dataset and the stride at which it is the world model's. Raises `SpecMismatch` with the differing fields."""
+    dataset = LeRobotDataset(data, cameras=[c.name for c in dream.spec.cameras])
+    stride = max(1, dream.spec.control_steps // max(1, dataset.spec.control_steps))
+    require_match(strided(dataset.spec, stride), dream.spec, between=f"dataset {data} and world model")
+    return dataset, stride
+
+
+def load_starts(data: Sequence[Path], split: str, dream: Dream, *, frames: int | None = 2) -> Replays:
+    """Episodes of a split, `frames` frames of each (the shortest's: None), as the world model sees them."""
+    cameras = [c.name for c in dream.spec.cameras]
+    parts = []
+    for folder in data:
+        dataset, stride = open_for(dream, folder)
+        parts.append(load_replays(dataset, dataset.split(split), cameras=cameras, frames=frames, stride=stride))
+    return parts[0] if len(parts) == 1 else join_replays(parts)
 
 
 def outside_range(actions: Float[Tensor, "*rows a"], spec: ActionSpec) -> Bool[Tensor, "*rows a"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from worldline import checkpoint
-from worldline.data.normalization import RobustNormalizer
+from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import PolicyError
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
 from worldline.policies.heads import DiffusionHead, DiscreteHead, GaussianHead
@@ -143,29 +143,32 @@ class ClonedPolicy(nn.Module):
         return self.distribution(observation).log_prob(choice)
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
-        config = {
-            "policy": checkpoint.to_json(self.config),
-            "action_normalizer": self.action_normalizer.to_dict(),
-            "pose_normalizer": self.pose_normalizer.to_dict(),
-        }
         checkpoint.save_part(
             folder,
             part="policy",
             kind=self.config.kind,
-            config=config,
+            config=self.to_config(),
             spec=self.spec,
             tensors=self.state_dict(),
             provenance=provenance or {},
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its weights."""
+        return {
+            "policy": checkpoint.to_json(self.config),
+            **normalizers_to_json(self.action_normalizer, self.pose_normalizer),
+        }
+
+    @classmethod
+    def from_config(cls, config: Any, spec: WorldSpec, source: str) -> "ClonedPolicy":
+        """The policy, untrained, that `to_config` tells of."""
+        return cls(
+            checkpoint.from_json(PolicyConfig, config["policy"], source=source),
+            spec,
+            **normalizers_from_json(config, source=source),
+        )
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClonedPolicy":
-        def build(config: Any, spec: WorldSpec, source: str) -> "ClonedPolicy":
-            return cls(
-                checkpoint.from_json(PolicyConfig, config["policy"], source=source),
-                spec,
-                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
-                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
-            )
-
-        return checkpoint.load_part(folder, part="policy", build=build)
+        return checkpoint.load_part(folder, part="policy", build=cls.from_config)

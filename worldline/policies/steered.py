@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from worldline import checkpoint
-from worldline.data.normalization import RobustNormalizer
 from worldline.errors import PolicyError
-from worldline.policies.cloned import ClonedPolicy, PolicyConfig
+from worldline.policies.cloned import ClonedPolicy
 from worldline.policies.encoder import mlp
 from worldline.policies.heads import LEAST_LOG_STD, DiffusionHead, draw
 from worldline.types import Observation, TensorState, WorldSpec
@@ -74,16 +73,11 @@ class SteeredPolicy(nn.Module):
         return self.chunk(draw(self.distribution(observation), seeds), observation), state
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
-        config = {
-            "policy": checkpoint.to_json(self.base.config),
-            "action_normalizer": self.base.action_normalizer.to_dict(),
-            "pose_normalizer": self.base.pose_normalizer.to_dict(),
-        }
         checkpoint.save_part(
             folder,
             part="policy",
             kind=KIND,
-            config=config,
+            config=self.base.to_config(),
             spec=self.spec,
             tensors=self.state_dict(),
             provenance=provenance or {},
@@ -92,12 +86,6 @@ class SteeredPolicy(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SteeredPolicy":
         def build(config: Any, spec: WorldSpec, source: str) -> "SteeredPolicy":
-            base = ClonedPolicy(
-                checkpoint.from_json(PolicyConfig, config["policy"], source=source),
-                spec,
-                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
-                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
-            )
-            return cls(base)
+            return cls(ClonedPolicy.from_config(config, spec, source))
 
         return checkpoint.load_part(folder, part="policy", build=build)

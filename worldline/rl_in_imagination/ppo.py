@@ -20,7 +20,7 @@ from worldline.data.normalization import RobustNormalizer
 from worldline.errors import WorldlineError
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder, mlp
 from worldline.rl_in_imagination.collect import Actor, Decisions
-from worldline.rl_in_imagination.returns import advantages, group_advantages
+from worldline.rl_in_imagination.returns import advantages, group_advantages, require_finite
 from worldline.types import Observation, WorldSpec
 
 # Advantages are divided by their spread, but not by less than this: where nothing was rewarded, what is left is the critic's error.
@@ -101,7 +101,8 @@ def clipped_loss(
 
 
 def advantages_of(decisions: Decisions, config: PPOConfig) -> Float[Tensor, "n t"]:
-    """Of every decision; those that do not count are 0."""
+    """Of every decision; those that do not count are 0. Raises `WorldlineError` for rewards that are not finite."""
+    require_finite(decisions.reward)
     if config.algorithm == "ppo":
         found = advantages(
             decisions.reward,

@@ -10,6 +10,8 @@ state it led to: of an episode that ended there the last state, never the next e
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from worldline.errors import WorldlineError
+
 
 def advantages(
     reward: Float[Tensor, "n t"],
@@ -24,11 +26,8 @@ def advantages(
     """Generalised advantage estimates (1506.02438, equation 16): sum over l of (discount * smoothing)^l * delta_{i+l}.
 
     `smoothing` is lambda: 0 gives one-step errors, 1 the whole episode's return minus the value. What lies behind an episode's
-    end adds nothing to what lies before it. Raises `ValueError` for NaN or infinite rewards, naming where.
+    end adds nothing to what lies before it.
     """
-    if not reward.isfinite().all():
-        row, at = (~reward.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"finite rewards required, got {float(reward[row, at])} in row {row}, decision {at}")
     delta = reward + discount * after * ~terminated - value
     goes_on = ~(terminated | truncated)
     found, last = delta.clone(), delta.new_zeros(len(delta))
@@ -36,6 +35,15 @@ def advantages(
         last = delta[:, i] + discount * smoothing * last * goes_on[:, i]
         found[:, i] = last
     return found
+
+
+def require_finite(reward: Float[Tensor, "n t"]) -> None:
+    """Raise `WorldlineError` for NaN or infinite rewards, naming the first."""
+    if not reward.isfinite().all():
+        row, at = (~reward.isfinite()).nonzero()[0].tolist()
+        raise WorldlineError(
+            f"finite rewards required, got {float(reward[row, at])} in row {row}, decision {at}. The scorer gave it: train it again."
+        )
 
 
 def returns(

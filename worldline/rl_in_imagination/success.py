@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from worldline import checkpoint
-from worldline.errors import SpecMismatch
+from worldline.errors import SpecMismatch, WorldlineError
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder, mlp
 from worldline.types import Observation, Score, TensorState, WorldSpec
 from worldline.worldmodels.language import text_encoder
@@ -162,3 +162,14 @@ def audit_failures(provenance: Mapping[str, Any]) -> list[str]:
         for name, (low, high) in AUDIT.items()
         if (name in audit or name != "other_instruction") and not low <= audit[name] <= high
     ]
+
+
+def check_scorer(folder: Path, *, override: bool) -> list[str]:
+    """What the scorer's audit found wrong. Raises `WorldlineError` for anything, unless `override`."""
+    failures = audit_failures(checkpoint.load_config(checkpoint.resolve(folder), part="scorer")["provenance"])
+    if failures and not override:
+        raise WorldlineError(
+            f"{folder}: a scorer that passed its audit is required, this one did not: {'; '.join(failures)}. Train it on more or "
+            "clearer successes, or use it all the same with --override-audit True (the report will say so)."
+        )
+    return failures

@@ -6,6 +6,7 @@ scorer picks them, and every kept episode says which world model, policy, start,
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -30,7 +31,7 @@ class SynthesisConfig:
     """Standard deviation of the walk's direction, in half ranges of the action."""
     tail: int = 4
     """Frames kept after success was seen."""
-    keep: str = "success"
+    keep: Literal["success", "all"] = "success"
     """success: episodes above the threshold. all: every episode, labelled by the scorer (for offline RL)."""
 
     def __post_init__(self) -> None:
@@ -39,8 +40,6 @@ class SynthesisConfig:
                 "frames of at least 2, wander, tail and spread of at least 0 required, got "
                 f"{self.frames}, {self.wander}, {self.tail} and {self.spread}"
             )
-        if self.keep not in ("success", "all"):
-            raise ValueError(f"keep must be success or all, got {self.keep!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,9 @@ from torch import Tensor
 from worldline.errors import DatasetError
 from worldline.policies import ClonedPolicy, PolicyConfig
 from worldline.rl_in_imagination.iql import ImplicitQLearner, IQLConfig, Transitions, require_density
-from worldline.trainers.inputs import Selection, claim_output, data_provenance, fit_normalizers, open_datasets
+from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
-from worldline.trainers.policy import begin_with, chunks, demonstrations, require_whole_block
+from worldline.trainers.policy import begin_policy, chunks, demonstrations, require_whole_block
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.trainers.scorer import frame_labels
 from worldline.types import Episode, WorldSpec
@@ -208,11 +208,7 @@ def run(config: TrainOffline, *, progress: bool = True) -> Path:
         identity=("data", "kind", "episodes", "init_from", "stride", "persist", "policy", "iql"),
     )
     torch.manual_seed(config.loop.seed)
-    if config.init_from is None:
-        actions, poses = fit_normalizers(picked)
-        policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
-    else:
-        policy = begin_with(config.init_from, settings, spec)
+    policy = begin_policy(config.init_from, settings, picked)
     provenance = {
         **data_provenance(picked, config.out),
         "episodes": {str(s.dataset.root): list(s.episodes) for s in picked},

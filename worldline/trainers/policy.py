@@ -137,8 +137,15 @@ def is_imagined(episode: Episode) -> bool:
     return episode.provenance.get("cause") == "imagined"
 
 
-def begin_with(folder: Path, settings: PolicyConfig, spec: WorldSpec) -> ClonedPolicy:
-    """The policy to go on from. Raises `CheckpointError` if it is of another kind or size, `SpecMismatch` for another world."""
+def begin_policy(folder: Path | None, settings: PolicyConfig, picked: Sequence[Selection]) -> ClonedPolicy:
+    """The policy to train: a new one with the normalisation of these episodes, or the one in `folder`, to go on from.
+
+    Raises `CheckpointError` if that is of another kind or size, `SpecMismatch` if it is for another world.
+    """
+    spec = picked[0].spec
+    if folder is None:
+        actions, poses = fit_normalizers(picked)
+        return ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
     policy = ClonedPolicy.from_pretrained(folder)
     require_match(spec, policy.spec, between=f"data and policy {folder}")
     different = [
@@ -177,13 +184,8 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
         config,
         identity=("data", "kind", "episodes", "demonstrations", "imagined_share", "init_from", "stride", "policy"),
     )
-    spec = picked[0].spec
     torch.manual_seed(config.loop.seed)
-    if config.init_from is None:
-        actions, poses = fit_normalizers(picked)
-        policy = ClonedPolicy(settings, spec, action_normalizer=actions, pose_normalizer=poses)
-    else:
-        policy = begin_with(config.init_from, settings, spec)
+    policy = begin_policy(config.init_from, settings, picked)
     provenance = {
         **data_provenance(picked, config.out),
         "demonstrations": sum(len(s.episodes) for s in picked),

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ from torch.distributions import kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from worldline.checkpoint import fingerprint, load_config, read_tensors, resolve, to_json, write_tensors
+from worldline.checkpoint import fingerprint, read_tensors, to_json, write_tensors
 from worldline.errors import WorldlineError
 from worldline.eval.intervals import wilson
-from worldline.eval.replays import Replays, join_replays, load_replays
+from worldline.eval.replays import Replays
 from worldline.executor import index_observation
-from worldline.policies import ClonedPolicy, SteeredPolicy
+from worldline.policies import ClonedPolicy, SteeredPolicy, load_policy
 from worldline.policies.heads import DiffusionHead, GaussianHead
 from worldline.rl_in_imagination.collect import collect, require_actor
 from worldline.rl_in_imagination.doubt import Doubt
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork
-from worldline.rl_in_imagination.success import audit_failures, episode_probability
-from worldline.trainers.inputs import claim_output, open_datasets
+from worldline.rl_in_imagination.success import episode_probability
+from worldline.trainers.inputs import claim_output
 from worldline.types import Observation, Scorer, WorldSpec, require_match
 
 log = logging.getLogger(__name__)
@@ -98,9 +98,7 @@ def load_actor(folder: str | Path, spec: WorldSpec, *, least_std: float) -> Any:
 
     Raises `PolicyError` or `SpecMismatch` naming what does not fit that world.
     """
-    root = resolve(folder)
-    steered = load_config(root, part="policy")["kind"] == "steered"
-    policy: Any = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(root)
+    policy: Any = load_policy(str(folder), spec=spec)
     if isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead):
         policy = SteeredPolicy(policy)
     require_actor(policy, spec)
@@ -109,28 +107,6 @@ def load_actor(folder: str | Path, spec: WorldSpec, *, least_std: float) -> Any:
         with torch.no_grad():
             policy.head.log_std.clamp_(min=math.log(least_std))
     return policy.eval()
-
-
-def check_scorer(folder: Path, *, override: bool) -> list[str]:
-    """What the scorer's audit found wrong. Raises `WorldlineError` for anything, unless `override`."""
-    failures = audit_failures(load_config(resolve(folder), part="scorer")["provenance"])
-    if failures and not override:
-        raise WorldlineError(
-            f"{folder}: a scorer that passed its audit is required, this one did not: {'; '.join(failures)}. Train it on more or "
-            "clearer successes, or use it all the same with --override-audit True (the report will say so)."
-        )
-    return failures
-
-
-def load_starts(data: tuple[Path, ...], split: str, dream: Dream, *, frames: int | None = 2) -> Replays:
-    """Episodes of a split, `frames` frames of each (the shortest's: None), as the world model sees them."""
-    cameras = [c.name for c in dream.spec.cameras]
-    parts = []
-    for s in open_datasets(data, split, cameras=cameras):
-        stride = max(1, dream.spec.control_steps // max(1, s.dataset.spec.control_steps))
-        require_match(replace(s, stride=stride).spec, dream.spec, between=f"dataset {s.dataset.root} and world model")
-        parts.append(load_replays(s.dataset, s.episodes, cameras=cameras, frames=frames, stride=stride))
-    return parts[0] if len(parts) == 1 else join_replays(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,14 +214,8 @@ def refine(
             )
 
             # --- update -----------------------------------------------------------------------------------------------
-            try:
-                learned = updater.update(
-                    made, generator=generator, move=critic is None or iteration >= settings.critic_first
-                )
-            except ValueError as error:  # NaN rewards
-                raise WorldlineError(
-                    f"iteration {iteration}: {error}. The scorer gave them; train it again."
-                ) from error
+            move = critic is None or iteration >= settings.critic_first
+            learned = updater.update(made, generator=generator, move=move)
             iteration += 1
             history.append({"iteration": float(iteration), **made.outcomes(), "frames": float(made.frames), **learned})
             state.store(iteration, history, checks)

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from worldline import checkpoint
-from worldline.data.normalization import RobustNormalizer
+from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
@@ -238,8 +238,7 @@ class AutoregressiveWorldModel(nn.Module):
             kind=KIND,
             config={
                 "model": checkpoint.to_json(self.config),
-                "action_normalizer": self.action_normalizer.to_dict(),
-                "pose_normalizer": self.pose_normalizer.to_dict(),
+                **normalizers_to_json(self.action_normalizer, self.pose_normalizer),
             },
             spec=self.spec,
             tensors=self.state_dict(),
@@ -257,8 +256,7 @@ class AutoregressiveWorldModel(nn.Module):
             return cls(
                 read_config(config["model"], source),
                 spec,
-                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
-                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
+                **normalizers_from_json(config, source=source),
             )
 
         return checkpoint.load_part(folder, part="world-model", build=build, renew=_with_ports)

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from worldline import checkpoint
-from worldline.data.normalization import RobustNormalizer
+from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.diffusion import add_noise, expand, loss_weight, precondition, row_noise, sample_edm
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.actions import TwoHot
@@ -291,8 +291,7 @@ class EDMWorldModel(nn.Module):
             kind=KIND,
             config={
                 "model": checkpoint.to_json(self.config),
-                "action_normalizer": self.action_normalizer.to_dict(),
-                "pose_normalizer": self.pose_normalizer.to_dict(),
+                **normalizers_to_json(self.action_normalizer, self.pose_normalizer),
             },
             spec=self.spec,
             tensors=self.state_dict(),
@@ -305,8 +304,7 @@ class EDMWorldModel(nn.Module):
             return cls(
                 checkpoint.from_json(EDMConfig, config["model"], source=source),
                 spec,
-                action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"]),
-                pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"]),
+                **normalizers_from_json(config, source=source),
             )
 
         return checkpoint.load_part(folder, part="world-model", kind=KIND, build=build)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from worldline import checkpoint
-from worldline.data.normalization import RobustNormalizer
+from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.types import Clip, WorldSpec
 from worldline.worldmodels.autoregressive import AutoregressiveWorldModel, body_of, make_network, read_config
@@ -123,8 +123,7 @@ class MultiWorldModel(nn.Module):
                 kind=MEMBER_KIND,
                 config={
                     "embodiment": name,
-                    "action_normalizer": robot.action_normalizer.to_dict(),
-                    "pose_normalizer": robot.pose_normalizer.to_dict(),
+                    **normalizers_to_json(robot.action_normalizer, robot.pose_normalizer),
                 },
                 spec=robot.spec,
                 tensors="../../model.safetensors",
@@ -181,8 +180,7 @@ def _read_robot(folder: Path) -> Robot:
     source = f"{folder}/config.json"
     return Robot(
         spec=checkpoint.from_json(WorldSpec, checkpoint.read_json(folder / "spec.json"), source=f"{folder}/spec.json"),
-        action_normalizer=RobustNormalizer.from_dict(config["action_normalizer"], source=source),
-        pose_normalizer=RobustNormalizer.from_dict(config["pose_normalizer"], source=source),
+        **normalizers_from_json(config, source=source),
     )
 
 

@@ -28,6 +28,7 @@ from worldline.eval.replays import Replays, load_replays, open_for
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.sim.arm_kinematics import CELLS, nearest_cell
 from worldline.sim.arm_scene import CELL_COLUMNS, CELLS_FROM, COLOURS, SHAPES, TARGET
+from worldline.tokenizers import AutoencoderConfig
 from worldline.trainers import probe, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 
@@ -41,7 +42,7 @@ class MakeInstructions:
     out: Path
     seeds: int = 1
     budget: float = 1.0
-    """Multiplies all training steps. 1: about 30 minutes of one CPU core a world model."""
+    """Multiplies all training steps. 1: about 45 minutes of one CPU core a world model."""
     episodes: int = 600
     tests: int = 60
     frames: int = 41
@@ -54,8 +55,9 @@ def prepare(config: MakeInstructions) -> None:
     home = config.out
     record(home / "data", "arm/reach", config.episodes, policy="expert", seed=0)
     record(home / "test", "arm/reach", config.tests, policy="expert", seed=1000)
-    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(1400 * config.budget))
-    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", loop=loop))
+    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(2400 * config.budget))
+    wide = AutoencoderConfig(latent_channels=16)
+    train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", autoencoder=wide, loop=loop))
     judge = LoopConfig(steps=int(1000 * config.budget), batch_size=64, lr=1e-3, ema=0.99)
     reader = probe.TrainProbe(
         data=(home / "data",),
@@ -79,7 +81,7 @@ def train_dream(config: MakeInstructions, seed: int) -> Dream:
             out=config.out / f"wm{seed}",
             model=replace(preset["model"], text=config.text, actionless=0.5),
             starts=0.5,
-            loop=replace(preset["loop"], steps=int(4000 * config.budget), seed=seed),
+            loop=replace(preset["loop"], steps=int(6000 * config.budget), seed=seed),
         ),
     )
     return load_dream(folder)

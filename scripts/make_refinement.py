@@ -52,13 +52,16 @@ class MakeRefinement:
     """Of policies, world models, scorers and refinements; datasets and tokenizers are shared."""
     budget: float = 1.0
     """Multiplies the training steps of tokenizer, world model and scorer, and the imagined episodes."""
+    scripted: str = "perturbed"
+    """Recording policy of the scripted episodes. perturbed: attempts that mostly go wrong; mixed: a quarter are the expert's, which
+    gives the controls more demonstrations than the cloned policy had."""
     episodes: int = 240
     """Scripted episodes a task that world model and scorer learn from."""
     rollouts: int = 80
     """And rollouts of a policy of another lineage."""
-    demonstrations: int = 5
+    demonstrations: int = 3
     """That the policies are cloned from: few, so that they fail often."""
-    policy_steps: int = 200
+    policy_steps: int = 600
     test_episodes: int = 100
     frames: int = 41
     """Of an episode, in the dream and in the simulator."""
@@ -72,9 +75,9 @@ def steps(config: MakeRefinement, base: int) -> int:
 def prepare(config: MakeRefinement, task: str) -> None:
     """Datasets, the other lineage's policy and its rollouts, the tokenizer."""
     home, world = config.out / task, f"metaworld/{task}"
-    record(home / "scripted", world, config.episodes, policy="mixed", seed=0)
-    record(home / "demonstrations", world, config.demonstrations + 4, policy="expert", seed=2)
-    record(home / "other-demonstrations", world, config.demonstrations + 4, policy="expert", seed=3)
+    record(home / "scripted", world, config.episodes, policy=config.scripted, seed=0)
+    record(home / "demonstrations", world, config.demonstrations + 7, policy="expert", seed=2)
+    record(home / "other-demonstrations", world, config.demonstrations + 7, policy="expert", seed=3)
     clone(config, home / "other-demonstrations", home / "other", seed=1000)
     record(home / "rollouts", world, config.rollouts, policy=str(home / "other"), seed=4)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=steps(config, 1000))
@@ -94,6 +97,14 @@ def clone(config: MakeRefinement, data: Path, out: Path, *, seed: int) -> Path:
     return train(policy, settings)
 
 
+def train_scorer(config: MakeRefinement, task: str, seed: int) -> Path:
+    home = config.out / task
+    loop = LoopConfig(steps=steps(config, 800), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+    return train(
+        scorer, scorer.TrainScorer(data=real(home), out=home / f"success{seed}", tokenizer=home / "tok", loop=loop)
+    )
+
+
 def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
     """The policies of one task and seed."""
     home = config.out / task
@@ -107,8 +118,7 @@ def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
         loop=replace(wm["loop"], steps=steps(config, 4000), seed=seed),
     )
     train(world_model, settings)
-    loop = LoopConfig(steps=steps(config, 800), batch_size=64, lr=1e-3, ema=0.99, seed=seed)
-    train(scorer, scorer.TrainScorer(data=real(home), out=judges[1], tokenizer=home / "tok", loop=loop))
+    train_scorer(config, task, seed)
     cloned = clone(config, home / "demonstrations", home / f"cloned{seed}", seed=seed)
     refined = home / f"refined{seed}"
     if not (refined / "report.json").is_file():

@@ -42,10 +42,12 @@ def test_eval_reports_what_the_documentation_promises(lab: Lab, worldline: Run, 
     out = tmp_path / "report"
     said = worldline(
         "eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--max-episodes", 4, "--frames", 6,
-        "--scorer", lab.scorer, "--videos", 1, "--out", out,
+        "--scorer", lab.scorer, "--videos", 1, "--doubt-steps", 2, "--out", out,
     )  # fmt: skip
     assert said.code == 0 and "report.html" in said.out
     found = results(out)
+    assert found["doubt"]["limit"] > 0 and found["doubt"]["episodes"] == 4
+    assert -1 <= found["doubt"]["correlation_between"] <= 1 and "between episodes" in (out / "report.html").read_text()
     assert found["episodes"] == 4 and found["frames"] == 6
     assert {"horizons", "against", "action_sensitivity", "pose_error", "speed", "lpips", "replay_diagnostic"} <= set(
         found

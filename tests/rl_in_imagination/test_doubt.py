@@ -64,6 +64,24 @@ def test_the_limit_is_that_of_real_episodes_and_doubt_is_held_against_error(drea
     found = calibrate(doubt, first, real, right(16, 5), quantile=0.9)
     assert found.limit > 0.1 and found.episodes == 16
     assert found.correlation is not None and found.correlation > 0.8  # noise is what is wrong with these frames
+    assert found.correlation_between is not None and found.correlation_between > 0.2  # who began further right is lost earlier
+
+
+def test_doubt_that_merely_grows_tells_no_dreams_apart(dream: Dream) -> None:
+    """Doubt and error grow with time and with nothing else: correlated over all frames, and unrelated between dreams."""
+    generator = torch.Generator().manual_seed(0)
+    n, t = 64, 12
+    clock = torch.arange(1, t + 1).float().expand(n, t)
+    doubts, level = (clock * (1 + 0.1 * torch.rand(n, t, generator=generator)) for _ in range(2))
+
+    class Growing(Doubt):
+        def along(self, first, actions, *, seeds, progress=None):
+            return doubts, {"top": level.view(n, t, 1, 1, 1).expand(-1, -1, 3, 4, 4)}
+
+    growing = Growing(dream=dream, sampler=None)
+    found = calibrate(growing, starts(n), {"top": torch.zeros(n, t, 3, 4, 4)}, torch.zeros(n, t, 1, 2), batch=n)
+    assert found.correlation is not None and found.correlation > 0.9
+    assert found.correlation_between is not None and abs(found.correlation_between) < 0.15
 
 
 def test_an_episode_that_leaves_the_data_ends_as_a_failure(dream: Dream) -> None:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from worldline.checkpoint import to_json
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
-from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
 from worldline.data import LeRobotDataset
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
@@ -149,13 +150,16 @@ class Evaluate(SamplingFlags):
     noisy: dict[str, float] = field(default_factory=dict)
     """Cameras whose first frame is shown through Gaussian noise, and its standard deviation (of the range 0 to 1): how much does a
     worse picture cost? A model trained with --model.camera-noise bears more."""
+    doubt_steps: int = 0
+    """Measures whether two denoisings of a frame, with so many solver steps, disagree where the dream is wrong, as `refine
+    --doubt-steps` trusts; 0: not measured."""
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, frames=2, max_episodes=1, solver_steps=1, away=1, batch=1, videos=0)
+        _at_least(self, frames=2, max_episodes=1, solver_steps=1, away=1, batch=1, videos=0, doubt_steps=0)
 
 
 def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
@@ -190,6 +194,9 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         results["revisit"] = revisit_identity(
             dream, replays, judges.identity, away=config.away, seed=config.seed, progress=progress
         )
+    if config.doubt_steps:
+        doubt = load_doubt(dream, config.doubt_steps)
+        results["doubt"] = to_json(calibrate_doubt(doubt, replays, batch=config.batch, progress=progress))
     report = Report(
         f"World model {config.world_model.name}",
         command=command_line("eval", config),

@@ -87,6 +87,8 @@ def evaluation_page(
             report.text(f"{camera}: {found_lpips['reason']}")
     if diagnostic is not None:
         add_diagnostic(report, diagnostic)
+    if "doubt" in results:
+        report.text(doubt_text(results["doubt"]))
     report.text(
         f"Speed: {results['speed']['frames_per_second']:.1f} imagined frames/s at batch {results['speed']['batch']} on {results['speed']['device']}."
     )
@@ -158,6 +160,17 @@ def add_diagnostic(report: Report, diagnostic: ReplayDiagnostic) -> None:
         "By cause",
         ["cause", "episodes", "true successes", "imagined successes"],
         [[cause, *counts] for cause, counts in diagnostic.by_cause.items()],
+    )
+
+
+def doubt_text(doubt: Mapping[str, Any]) -> str:
+    """What doubt is worth, in words."""
+    over, between = (
+        "undefined" if doubt[key] is None else f"{doubt[key]:.2f}" for key in ("correlation", "correlation_between")
+    )
+    return (
+        f"The rank correlation of doubt and true error is {over} over all frames (both may merely grow with the dream), and {between} "
+        "between episodes at the same frame: near 0, doubt does not know which dream goes wrong."
     )
 
 

@@ -13,7 +13,7 @@ from worldline.commands.outputs import command_line
 from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
 from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
-from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
@@ -21,7 +21,6 @@ from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_dia
 from worldline.eval.replays import Replays, load_starts
 from worldline.executor import index_observation
 from worldline.policies import load_policy
-from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer, check_scorer, episode_probability, episode_success
 from worldline.trainers.refinement import (
@@ -86,7 +85,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     scorer = SuccessScorer.from_pretrained(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
-    doubt = _doubt(config, dream)
+    doubt = load_doubt(dream, config.doubt_steps) if config.doubt_steps else None
     actor = load_actor(config.policy, dream.spec, least_std=config.rl.least_std)
     held_out = load_starts(config.data, "held-out", dream, frames=None)
     starts = load_starts(config.data, "train", dream).first
@@ -106,7 +105,10 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     threshold = config.threshold
     if threshold is None:
         threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
-    doubt, doubted = _calibrated(doubt, held_out, progress)
+    doubted = None
+    if doubt is not None:
+        doubted = calibrate_doubt(doubt, held_out, progress=progress)
+        doubt = replace(doubt, limit=doubted.limit)
     judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist, doubt=doubt)
     found = refine(
         actor,
@@ -172,25 +174,6 @@ def _replay(
         [str(d) for d in config.data],
     ]
     return replay_diagnostic(scorer, held_out, kept(key, imagine)["probability"])
-
-
-def _doubt(config: Refine, dream: Dream) -> Doubt | None:
-    """What ends episodes that leave the data, without a limit yet. Raises `WorldlineError` for solver steps that training never showed."""
-    if not config.doubt_steps:
-        return None
-    try:
-        return Doubt.of(dream, solver_steps=config.doubt_steps)
-    except ValueError as error:
-        raise WorldlineError(f"--doubt-steps: {error}") from error
-
-
-def _calibrated(doubt: Doubt | None, held_out: Replays, progress: bool) -> tuple[Doubt | None, DoubtCalibration | None]:
-    """The limit, set on dreams of the held-out episodes."""
-    if doubt is None:
-        return None, None
-    real = {c: x[:, 1:] for c, x in held_out.frames.items()}
-    found = calibrate(doubt, held_out.first, real, held_out.actions, progress="calibrate doubt" if progress else None)
-    return replace(doubt, limit=found.limit), found
 
 
 def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progress: bool) -> dict[str, Any]:

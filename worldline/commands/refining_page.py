@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from worldline.commands.dreaming_page import doubt_text
 from worldline.eval import Report
 from worldline.eval.plots import curve_bands
 
@@ -29,11 +30,9 @@ def refinement_page(report: Report, results: dict[str, Any], failures: list[str]
             f"actions and the scorer call **{replayed['called_success']}** a success."
         )
     if (doubt := results["doubt"]) is not None:
-        found = "is undefined" if doubt["correlation"] is None else f"is {doubt['correlation']:.2f}"
         report.text(
             f"Imagined episodes end where two denoisings of a frame are more than {doubt['limit']:.3g} apart, which {doubt['quantile']:.0%} "
-            f"of the dreams of {doubt['episodes']} held-out episodes never are. Over their frames the rank correlation of doubt and "
-            f"true error {found}: near 0, doubt says nothing here."
+            f"of the dreams of {doubt['episodes']} held-out episodes never are. {doubt_text(doubt)}"
         )
     _curves(report, results, truth)
     rows = [[int(c["iteration"]), c["success"], f"[{c['low']:.2f}, {c['high']:.2f}]", c["real_kl"]] for c in checks]

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 
 from worldline.errors import WorldlineError
+from worldline.eval.replays import Replays
+from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream
 from worldline.worldmodels import TrainedWorldModel, load_world_model
 
@@ -46,6 +48,21 @@ def load_dream(folder: Path, sampling: Mapping[str, Any] | None = None) -> Dream
         raise WorldlineError(f"{flags}: {error}. Sample as training showed it.") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Dream(model.to(device), tokenizer.to(device))
+
+
+def load_doubt(dream: Dream, solver_steps: int) -> Doubt:
+    """What doubts frames of `dream`, without a limit yet. Raises `WorldlineError` for solver steps that training never showed."""
+    try:
+        return Doubt.of(dream, solver_steps=solver_steps)
+    except ValueError as error:
+        raise WorldlineError(f"--doubt-steps: {error}") from error
+
+
+def calibrate_doubt(doubt: Doubt, replays: Replays, *, batch: int = 32, progress: bool = True) -> DoubtCalibration:
+    """Its limit and its worth, from dreams of real episodes under their own actions."""
+    real = {c: x[:, 1:] for c, x in replays.frames.items()}
+    shown = "calibrate doubt" if progress else None
+    return calibrate(doubt, replays.first, real, replays.actions, batch=batch, progress=shown)
 
 
 def _require_settings(folder: Path, model: TrainedWorldModel, sampling: Mapping[str, Any]) -> None:

@@ -65,12 +65,14 @@ class Doubt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoubtCalibration:
-    """How the limit was set, and what doubt is worth: its rank correlation with the true error of the same frames."""
+    """How the limit was set, and what doubt is worth: its rank correlation (Spearman's) with the true error of the same frames; None
+    where it is undefined."""
 
     limit: float
     episodes: int
     quantile: float
-    correlation: float | None  # Spearman's, over frames of all episodes; None where it is undefined
+    correlation: float | None  # over frames of all episodes: both may merely grow with the dream's length
+    correlation_between: float | None  # between episodes at the same frame, averaged over frames: which dream is worse
 
     def __post_init__(self) -> None:
         assert self.limit > 0
@@ -101,11 +103,20 @@ def calibrate(
         missed = [(x.float() - real[c][rows].float()).square().flatten(2).mean(2) for c, x in made.items()]
         errors.append(torch.stack(missed).mean(0))
     every, error = torch.cat(doubts), torch.cat(errors)
-    correlation = float(np.asarray(spearmanr(every.flatten().numpy(), error.flatten().numpy()))[0])
+    at_frames = [_rank_correlation(every[:, i], error[:, i]) for i in range(every.shape[1])]
+    defined = [found for found in at_frames if found is not None]
     limit = float(every.amax(1).quantile(quantile))
     return DoubtCalibration(
         limit=max(limit, 1e-9),
         episodes=n,
         quantile=quantile,
-        correlation=None if np.isnan(correlation) else correlation,
+        correlation=_rank_correlation(every.flatten(), error.flatten()),
+        correlation_between=float(np.mean(defined)) if defined else None,
     )
+
+
+def _rank_correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float | None:
+    """Spearman's; None where all of x or all of y are alike."""
+    if len(x) < 2 or not (x != x[0]).any() or not (y != y[0]).any():
+        return None
+    return float(np.asarray(spearmanr(x.numpy(), y.numpy()))[0])

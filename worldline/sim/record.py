@@ -156,8 +156,9 @@ def _record_parallel(job: _Job, spec: WorldSpec, missing: Sequence[int], process
                     bar.update()
         except BrokenProcessPool as error:
             raise SimulatorError(
-                "a recording process died (out of memory, or killed). Recorded episodes are kept: "
-                "run the same command again to resume, with fewer processes if memory is short."
+                "a recording process died (out of memory, or killed; in a script of yours, also without "
+                '`if __name__ == "__main__":` around what it does). Recorded episodes are kept: run the same command again '
+                "to resume, with fewer processes if memory is short."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,139 @@
+"""Makes the transition-model table of docs/results.md: World4RL's U-Net beside the transformer, and two-hot beside plain actions.
+
+    python scripts/make_transition_models.py --out results-transitions
+
+One Meta-World task, scripted attempts and rollouts of a cloned policy. Three world models learn from the same latents for the same CPU time
+(--minutes of one thread each; a few steps are timed first): the `tiny` transformer, and the `tiny` EDM U-Net whose actions come two-hot
+or plain. All are measured by `worldline eval` on test episodes from starts that no training saw, and their reports kept. Everything is kept in
+--out, which may be that of make_refinement.py: data, tokenizer and scorer are then shared. Run the same command again after an interruption.
+Prints Markdown, and writes it to OUT/transitions.md.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from make_refinement import MakeRefinement, prepare, real, train_scorer
+from result_tables import row, table
+from stages import record, train
+
+from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.trainers import world_model, world_model_edm
+
+ARMS = ("transformer", "unet-two-hot", "unet-plain")
+TIMED = (4, 16)  # steps of the two short runs whose difference says what a step costs
+HORIZONS = (10, 20, 40)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeTransitionModels:
+    """Train three world models for the same time, measure them, print the table."""
+
+    out: Path
+    task: str = "button-press-topdown-v3"
+    minutes: float = 20.0
+    """CPU time of training each, on one thread."""
+    seeds: int = 1
+    tests: int = 40
+    refinement: MakeRefinement = MakeRefinement(out=Path())
+    """How data, tokenizer and scorer are made; its tasks, seeds and out are not used."""
+
+
+def stage_of(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Any, Any]:
+    """The stage of an arm and its settings, their number of steps apart."""
+    home = config.out / config.task
+    module: Any = world_model if arm == "transformer" else world_model_edm
+    kind: Any = world_model.TrainWorldModel if arm == "transformer" else world_model_edm.TrainWorldModelEDM
+    preset = module.PRESETS["tiny"][1]
+    model = preset["model"]
+    if arm != "transformer":
+        model = replace(model, action_encoding=arm.removeprefix("unet-"))
+    loop = replace(preset["loop"], seed=seed)
+    return module, kind(data=real(home), tokenizer=home / "tok", out=home / f"{arm}{seed}", model=model, loop=loop)
+
+
+def seconds_a_step(module: Any, settings: Any) -> float:
+    """CPU seconds of a training step: what two short runs differ by."""
+    took = []
+    for steps in TIMED:
+        out = settings.out.with_name(f"{settings.out.name}-timed")
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.process_time()
+        module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
+        took.append(time.process_time() - start)
+        shutil.rmtree(out)
+    return (took[1] - took[0]) / (TIMED[1] - TIMED[0])
+
+
+def trained(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Path, float]:
+    """The arm's folder and the CPU seconds of one of its steps."""
+    module, settings = stage_of(config, arm, seed)
+    pace = settings.out.with_name(f"{settings.out.name}-pace.json")
+    if not pace.is_file():
+        pace.write_text(json.dumps(seconds_a_step(module, settings)))
+    seconds = json.loads(pace.read_text())
+    steps = max(20, round(60 * config.minutes / seconds))
+    return train(module, replace(settings, loop=replace(settings.loop, steps=steps))), seconds
+
+
+def measured(config: MakeTransitionModels, folder: Path, scorer: Path) -> dict[str, Any]:
+    out = folder.with_name(f"eval-{folder.name}")
+    if not (out / "report.json").is_file():
+        data = config.out / config.task / "test"
+        options: dict[str, Any] = {"frames": config.refinement.frames, "split": "all", "doubt_steps": 2}
+        run_eval(Evaluate(world_model=folder, data=(data,), out=out, scorer=scorer, **options))
+    return json.loads((out / "report.json").read_text())["results"]
+
+
+def rows_of(config: MakeTransitionModels, arm: str, seed: int, scorer: Path) -> list[str]:
+    folder, seconds = trained(config, arm, seed)
+    facts = json.loads((folder / "config.json").read_text())["provenance"]
+    found = measured(config, folder, scorer)
+    at = {(h["predictor"], h["camera"], h["horizon"]): h["moved_psnr"] for h in found["horizons"]}
+    diagnostic, doubt = found["replay_diagnostic"], found["doubt"]
+    told = f"{diagnostic['calibration']['auroc']:.2f}"
+    worth = ", ".join("–" if doubt[k] is None else f"{doubt[k]:.2f}" for k in ("correlation", "correlation_between"))
+    return [
+        row(
+            f"{arm}, {seed}",
+            f"{facts['weights'] / 1e6:.1f}M",
+            facts["steps"],
+            f"{1000 * seconds:.0f}",
+            camera,
+            *(f"{at['true', camera, h]:.1f}" for h in HORIZONS if ("true", camera, h) in at),
+            f"{found['action_sensitivity'][camera]['shuffled']['gap']['gain_db']:+.1f}",
+            f"{found['pose_error'][-1]:.3f}",
+            told,
+            worth,
+            f"{found['speed']['frames_per_second']:.0f}",
+        )
+        for camera in found["action_sensitivity"]
+    ]
+
+
+def main(config: MakeTransitionModels) -> None:
+    torch.set_num_threads(1)
+    shared = replace(config.refinement, out=config.out, tasks=(config.task,))
+    prepare(shared, config.task)
+    record(config.out / config.task / "test", f"metaworld/{config.task}", config.tests, policy="mixed", seed=1000)
+    scorer = train_scorer(shared, config.task, 0)
+    rows = [line for seed in range(config.seeds) for arm in ARMS for line in rows_of(config, arm, seed, scorer)]
+    head = (
+        "| world model, seed | weights | steps | CPU ms a step | camera | moved PSNR at frame 10 | 20 | 40 | over shuffled actions "
+        "| pose error at the last frame | AUROC of imagined replays | doubt and error: all frames, between dreams | imagined frames/s |"
+    )
+    text = (
+        f"{config.task}, {config.minutes:g} CPU minutes of one thread each, {config.tests} test episodes of {config.refinement.frames} frames "
+        f"(the U-Net and the transformer as their `tiny` presets have it).\n\n{table(head, rows)}\n"
+    )
+    (config.out / "transitions.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MakeTransitionModels, description=__doc__))

@@ -12,7 +12,7 @@ Prints Markdown, and writes it to OUT/transitions.md.
 import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class MakeTransitionModels:
     """CPU time of training each, on one thread."""
     seeds: int = 1
     tests: int = 40
-    refinement: MakeRefinement = MakeRefinement(out=Path())
+    refinement: MakeRefinement = field(default_factory=lambda: MakeRefinement(out=Path()))
     """How data, tokenizer and scorer are made; its tasks, seeds and out are not used."""
 
 

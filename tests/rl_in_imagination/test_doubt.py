@@ -64,7 +64,9 @@ def test_the_limit_is_that_of_real_episodes_and_doubt_is_held_against_error(drea
     found = calibrate(doubt, first, real, right(16, 5), quantile=0.9)
     assert found.limit > 0.1 and found.episodes == 16
     assert found.correlation is not None and found.correlation > 0.8  # noise is what is wrong with these frames
-    assert found.correlation_between is not None and found.correlation_between > 0.2  # who began further right is lost earlier
+    assert (
+        found.correlation_between is not None and found.correlation_between > 0.2
+    )  # who began further right is lost earlier
 
 
 def test_doubt_that_merely_grows_tells_no_dreams_apart(dream: Dream) -> None:

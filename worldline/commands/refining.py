@@ -14,7 +14,6 @@ from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
 from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
 from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
-from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
 from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic

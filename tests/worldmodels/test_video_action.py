@@ -1,0 +1,327 @@
+"""Unified video-action models: what is absent has no say, acting makes no video, and small ones learn what only actions decide."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, fit, locate
+from worldline.data.normalization import RobustNormalizer
+from worldline.diffusion import LevelDistribution
+from worldline.errors import SpecMismatch
+from worldline.types import Clip, WorldModel
+from worldline.worldmodels.video_action import (
+    FORWARD,
+    INVERSE,
+    JOINT,
+    POLICY,
+    QUERIES,
+    VIDEO,
+    Query,
+    Role,
+    TrunkConfig,
+    VideoActionConfig,
+    VideoActionModel,
+)
+from worldline.worldmodels.video_action.queries import Roles, draw_roles
+
+H, F = 2, 3
+SMALL = {"trunk": TrunkConfig(width=64, depth=2, heads=4, patch=1, registers=2), "history": H, "horizon": F}
+
+
+def build(design: str, **options) -> VideoActionModel:
+    torch.manual_seed(0)
+    clip = dot_clip(64, 4, 5)
+    settings = SMALL | {"head_width": 64, "head_depth": 2, "solver_steps": 1} | options
+    return VideoActionModel(
+        VideoActionConfig(design=design, **settings),
+        replace(SPEC, latent=dot_tokenizer().latent_spec),
+        action_normalizer=RobustNormalizer.fit(clip.actions),
+        pose_normalizer=RobustNormalizer.fit(clip.poses),
+    )
+
+
+def scrambled(model: VideoActionModel) -> VideoActionModel:
+    """Random weights everywhere: zero outputs would hide any mistake behind them."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["uwm", "uva"])
+def model(request) -> VideoActionModel:
+    return scrambled(build(request.param, solver_steps=2, text="hashed"))
+
+
+def clip_of(n: int, frames: int, seed: int = 3) -> Clip:
+    return encoded(dot_clip(n, frames, seed), dot_tokenizer())
+
+
+def first(clip: Clip, frames: int) -> Clip:
+    latents = {c: z[:, :frames] for c, z in clip.frames.items()}
+    return replace(clip, frames=latents, poses=clip.poses[:, :frames], actions=clip.actions[:, : frames - 1])
+
+
+def coming(clip: Clip, frames: int) -> dict[str, torch.Tensor]:
+    return {c: z[:, frames:] for c, z in clip.frames.items()}
+
+
+# --- queries ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_query_says_what_comes_is_given_wanted_or_absent():
+    assert FORWARD.at(3).actions == (Role.GIVEN,) * 3
+    assert VIDEO.first(1, 3).frames == (Role.DENOISED, Role.ABSENT, Role.ABSENT)
+    with pytest.raises(ValueError, match="something to denoise is required"):
+        Query(frames=(Role.GIVEN,), actions=(Role.ABSENT,))
+    with pytest.raises(ValueError, match="one role or 3 of them required, got 2"):
+        Query(frames=(Role.DENOISED, Role.GIVEN), actions=(Role.ABSENT,)).at(3)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_training_asks_what_sampling_asks(sparse):
+    """Every named query, whole and of each number of frames, is among those that training draws; nothing else is."""
+    drawn = draw_roles(dict.fromkeys(QUERIES, 1.0), 4000, F, torch.Generator().manual_seed(0), sparse=sparse)
+    rows = {(tuple(f), tuple(a)) for f, a in zip(drawn.frames.tolist(), drawn.actions.tolist())}
+    expected = set()
+    for query in QUERIES.values():
+        for count in range(1, F + 1):
+            asked = query.first(count, F)
+            frames = [r if not sparse or i == count - 1 else Role.ABSENT for i, r in enumerate(asked.frames)]
+            expected.add((tuple(map(int, frames)), tuple(map(int, asked.actions))))
+    assert rows == expected
+
+
+# --- what is absent, and what is given --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(QUERIES))
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_tokens_left_out_are_as_tokens_masked(model, name, steps):
+    """A row's answer is the same beside a row that needs all tokens (its own absent ones masked) and alone (left out)."""
+    clip = clip_of(2, 2 + F)
+    seen = model.known(first(clip, 2))
+    query = QUERIES[name].first(2, F)
+    frames = {c: z[:, :2] for c, z in coming(clip, 2).items()} if name == "inverse" else None
+    actions = clip.actions[:, 1:3] if name == "forward" else None
+    given = model.given(query, 2, frames, actions)
+    both = [query, JOINT.at(F)]
+    mixed = Roles(frames=torch.cat([q.rows(1).frames for q in both]), actions=torch.cat([q.rows(1).actions for q in both]))
+    seeds, at = torch.tensor([4, 9]), torch.tensor([1, 1])
+    options = {"steps": steps, "seeds": seeds, "frame": at}
+    with torch.no_grad():
+        together = model.network.sample(seen, given, mixed, **options)
+        alone = model.network.sample(seen, given, query.rows(2), **options)
+    f, a = ([i for i, r in enumerate(rs) if r == Role.DENOISED] for rs in (query.frames, query.actions))
+    assert torch.allclose(together.frames["top"][0, f], alone.frames["top"][0, f], atol=1e-4)
+    assert torch.allclose(together.poses[0, f], alone.poses[0, f], atol=1e-4)
+    assert torch.allclose(together.actions[0, a], alone.actions[0, a], atol=1e-4)
+
+
+def test_what_is_absent_has_no_say_and_what_is_given_has(model):
+    clip, other = clip_of(3, 2 + F), clip_of(3, 2 + F, seed=8)
+    known, seeds = model.known(first(clip, 2)), torch.arange(3)
+    options = {"seeds": seeds, "frame": torch.ones(3, dtype=torch.long), "steps": 2}
+
+    def answer(query: Query, frames: Clip | None, actions: Clip | None):
+        given = model.given(
+            INVERSE.at(F) if frames else FORWARD.at(F),
+            3,
+            coming(frames, 2) if frames else None,
+            actions.actions[:, 1:] if actions and not frames else None,
+        )
+        with torch.no_grad():
+            return model.network.sample(known, given, query.at(F).rows(3), **options)
+
+    assert torch.equal(answer(VIDEO, None, clip).frames["top"], answer(VIDEO, None, other).frames["top"])
+    assert torch.equal(answer(POLICY, clip, None).actions, answer(POLICY, other, None).actions)
+    assert not torch.allclose(answer(FORWARD, None, clip).frames["top"], answer(FORWARD, None, other).frames["top"])
+    assert not torch.allclose(answer(INVERSE, clip, None).actions, answer(INVERSE, other, None).actions)
+
+
+def test_acting_calls_no_video_head_and_runs_the_trunk_over_few_tokens():
+    model, lengths, calls = scrambled(build("uva")), [], {"video": 0, "pose": 0, "action": 0}
+    network = model.network
+    network.trunk.register_forward_hook(lambda _m, args, _out: lengths.append(args[0].tokens.shape[1]))
+    for name, head in {"video": network.video_head["top"], "pose": network.pose_head, "action": network.action_head}.items():
+        head.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    seen, seeds = first(clip_of(2, 2), 2), torch.arange(2)
+    model.sample(seen, POLICY, seeds=seeds, steps=4)
+    assert calls == {"video": 0, "pose": 0, "action": 4}
+    assert lengths == [H * 17 + F + 2]  # history, blocks, registers
+    model.sample(seen, JOINT, seeds=seeds, steps=4)
+    assert calls == {"video": 4, "pose": 4, "action": 8} and lengths[1:] == [(H + F) * 17 + F + 2]
+
+
+def test_a_video_is_filled_in_over_several_rounds():
+    model = scrambled(build("uva", decode_rounds=3))
+    passes = []
+    model.network.trunk.register_forward_hook(lambda *_: passes.append(1))
+    seen = first(clip_of(2, 2), 2)
+    made = model.sample(seen, VIDEO, seeds=torch.arange(2))
+    assert len(passes) == 3 and made.latents["top"].shape[1] == F
+    once = model.with_sampling(decode_rounds=1).sample(seen, VIDEO, seeds=torch.arange(2))
+    assert len(passes) == 4 and not torch.allclose(once.latents["top"], made.latents["top"])
+    # the places of the first round are those of one round; later rounds look at them
+    same = (once.latents["top"] - made.latents["top"]).abs().amax((1, 2)) < 1e-5
+    assert 0 < int(same.sum()) < same.numel()
+
+
+# --- the world model's contract ---------------------------------------------------------------------------------------
+
+
+def test_it_keeps_the_contract_of_a_world_model(model):
+    assert isinstance(model, WorldModel)
+    clip, seeds = clip_of(3, 3), torch.tensor([4, 9, 4])
+    actions = torch.rand(3, 5, 2, 2) * 2 - 1
+    state = model.observe(clip)
+    kept = {name: x.clone() for name, x in state.tensors.items()}
+    final, once = model.imagine(state, actions, seeds=seeds)
+    assert once.latents["top"].shape == (3, 5, *clip.frames["top"].shape[2:]) and once.poses.shape == (3, 5, 2)
+    assert all(torch.equal(state.tensors[name], x) for name, x in kept.items())
+    middle, begun = model.imagine(state, actions[:, :2], seeds=seeds)
+    again, rest = model.imagine(middle, actions[:, 2:], seeds=seeds)
+    assert torch.allclose(torch.cat([begun.latents["top"], rest.latents["top"]], 1), once.latents["top"], atol=1e-5)
+    assert torch.equal(again.tensors["frame"], final.tensors["frame"])
+    order = torch.tensor([2, 0, 1, 1])
+    _, forked = model.imagine(state.index(order), actions[order], seeds=seeds[order])
+    assert torch.allclose(once.latents["top"][order], forked.latents["top"], atol=1e-4)
+    _, other = model.imagine(state, actions, seeds=seeds + 1)
+    assert not torch.allclose(once.latents["top"], other.latents["top"], atol=1e-3)
+    _, free = model.imagine(state, None, seeds=seeds)
+    assert free.latents["top"].shape[1] == 1
+
+
+def test_frames_are_imagined_in_chunks_as_trained(model):
+    chunked = model.with_sampling(chunk=F)
+    assert chunked.spec.chunk == F and model.spec.chunk == 1
+    state, actions = model.observe(clip_of(2, 1)), torch.rand(2, F, 2, 2)
+    _, made = chunked.imagine(state, actions, seeds=torch.arange(2))
+    query = model.sample(clip_of(2, 1), FORWARD, seeds=torch.arange(2), actions=actions)
+    assert torch.allclose(made.latents["top"], query.latents["top"], atol=1e-5)
+    with pytest.raises(SpecMismatch, match="whole chunks of 3 required, got 2"):
+        chunked.imagine(state, actions[:, :2], seeds=torch.arange(2))
+
+
+def test_what_training_knows_of_a_start_is_what_a_dream_knows(model):
+    """One frame seen: the rest of history is masked, whatever it holds."""
+    clip = clip_of(2, 2)
+    start = model.known(first(clip, 1))
+    trained = replace(model.known(clip), count=torch.ones(2, dtype=torch.long))
+    latest = {c: x.roll(1, 1) for c, x in trained.frames.items()}  # the first frame as the one that is now
+    trained = replace(trained, frames=latest, poses=trained.poses.roll(1, 1))
+    query, options = JOINT.at(F), {"seeds": torch.arange(2), "frame": torch.zeros(2, dtype=torch.long), "steps": 2}
+    given = model.given(query, 2)
+    with torch.no_grad():
+        a, b = (model.network.sample(k, given, query.rows(2), **options) for k in (start, trained))
+    assert torch.allclose(a.frames["top"], b.frames["top"], atol=1e-5) and torch.allclose(a.actions, b.actions, atol=1e-5)
+
+
+def test_an_untrained_model_repeats_the_frame_that_is_now():
+    for design in ("uwm", "uva"):
+        clip = clip_of(2, 2)
+        made = build(design).eval().sample(clip, VIDEO, seeds=torch.arange(2))
+        assert torch.allclose(made.latents["top"], clip.frames["top"][:, 1:].expand(-1, F, -1, -1, -1), atol=1e-4)
+        assert torch.allclose(made.poses, clip.poses[:, 1:].expand(-1, F, -1), atol=1e-5)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_actions_are_never_looked_at(model):
+    clip, acted = clip_of(6, H + F), torch.tensor([True, False] * 3)
+    wrong = clip.actions.clone()
+    wrong[1::2] = float("nan")
+    losses = [
+        model.loss(replace(clip, actions=a), torch.Generator().manual_seed(5), acted=acted)[0]
+        for a in (clip.actions, wrong)
+    ]
+    assert torch.isfinite(losses[0]) and torch.equal(*losses)
+    none = torch.zeros(6, dtype=torch.bool)
+    loss, metrics = model.loss(clip, torch.Generator().manual_seed(5), acted=none)
+    assert float(metrics["action_error"]) == 0 and float(metrics["frame_error"]) > 0
+    grads = torch.autograd.grad(loss, list(model.network.tokens.action.parameters()), allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
+
+
+def test_the_error_is_that_of_what_is_asked_for_alone():
+    """An untrained UWM answers the frame that is now: its frame error is the mean square of the changes, whatever the batch holds."""
+    model = build("uwm", shares={"forward": 1.0, "policy": 1.0}, history_levels=LevelDistribution(clean=1.0),
+                  frame_levels=LevelDistribution(pure=1.0), history=1)  # fmt: skip
+    clip = clip_of(400, 1 + F)
+    metrics = model.loss(clip, torch.Generator().manual_seed(0))[1]
+    spec = model.latent_spec
+    std = torch.tensor(spec.std["top"])[:, None, None]
+    change = ((clip.frames["top"][:, 1:] - clip.frames["top"][:, :1]) / std).square().mean((0, 2, 3, 4))
+    # half of the rows ask for all F frames, the others for 1 to F alike
+    asked = torch.tensor([0.5 + 0.5 * (F - i) / F for i in range(F)])
+    expected = float((change * asked).sum() / asked.sum())
+    assert float(metrics["frame_error"]) == pytest.approx(expected, rel=0.1)
+
+
+FAST = {"uwm": (350, {"frame_levels": LevelDistribution(clean=0.1, pure=0.8, low=0.02)}), "uva": (150, {})}
+
+
+def learn(design: str, *, cut: bool = False) -> VideoActionModel:
+    steps, options = FAST[design]
+    model = build(design, shares={"forward": 0.7, "inverse": 0.3}, **options)
+    if cut:  # the action path: what a block says reaches nothing
+        torch.nn.init.zeros_(model.network.tokens.action.weight)
+        model.network.tokens.action.weight.requires_grad_(False)
+    return fit(model, lambda step: clip_of(24, H + F, 1000 + step), steps=steps, lr=3e-3)
+
+
+def followed(model: VideoActionModel) -> tuple[float, float, float]:
+    """Mean distance of the imagined dot from where it went, from where negated actions would have sent it, and of staying."""
+    clip, tokenizer = clip_of(64, 2 + F, 7), dot_tokenizer()
+    seen, seeds = first(clip, 2), torch.arange(64)
+    away = []
+    for sign in (1, -1):
+        made = model.sample(seen, FORWARD, seeds=seeds, actions=sign * clip.actions[:, 1:])
+        away.append(float((locate(tokenizer.decode(made.latents)["top"]) - clip.poses[:, 2:]).norm(dim=-1).mean()))
+    return *away, float((clip.poses[:, 1:2] - clip.poses[:, 2:]).norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize("design", ["uwm", "uva"])
+def test_a_small_one_follows_actions(design):
+    """In the dot world only actions decide the next frame."""
+    true, negated, still = followed(learn(design))
+    assert true < 0.75 * still and negated > 1.3 * still
+
+
+def test_with_the_action_path_cut_it_cannot_follow():
+    """The test above would fail of a model that is blind to its actions."""
+    true, negated, still = followed(learn("uva", cut=True))
+    assert true > 0.75 * still and negated < 1.3 * still and true == pytest.approx(negated, rel=0.02)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_what_was_required_and_what_was_got(model):
+    clip, seeds = clip_of(2, 2), torch.arange(2)
+    with pytest.raises(SpecMismatch, match="3 given action blocks required, got 2"):
+        model.sample(clip, FORWARD, seeds=seeds, actions=torch.zeros(2, 2, 2, 2))
+    with pytest.raises(SpecMismatch, match=r"blocks of 2 control steps of 2 dimensions \(dx, dy\) required, got \(2, 3\)"):
+        model.sample(clip, FORWARD, seeds=seeds, actions=torch.zeros(2, 3, 2, 3))
+    with pytest.raises(SpecMismatch, match="finite actions required, got NaN or infinity in 1 of 24"):
+        actions = torch.zeros(2, 3, 2, 2)
+        actions[0, 0, 0, 0] = float("nan")
+        model.sample(clip, FORWARD, seeds=seeds, actions=actions)
+    with pytest.raises(SpecMismatch, match=r"3 given frames of each camera \['top'\] required, got none"):
+        model.sample(clip, INVERSE, seeds=seeds)
+    with pytest.raises(SpecMismatch, match="3 given frames of each camera .* required, got {'top': 1}"):
+        model.sample(clip, INVERSE, seeds=seeds, frames={"top": clip.frames["top"][:, :1]})
+    with pytest.raises(SpecMismatch, match=r"cameras \['top'\] are required .* \['top'\] are missing"):
+        model.sample(replace(clip, frames={}), POLICY, seeds=seeds)
+    with pytest.raises(SpecMismatch, match="clips of 5 frames"):
+        model.loss(clip)
+    with pytest.raises(ValueError, match="chunk: from 1 to 3 frames"):
+        model.with_sampling(chunk=4)
+    narrow = LevelDistribution(clean=0.5, pure=0.5)
+    with pytest.raises(ValueError, match=r"solver_steps=2 asks for level 0\.5, which training never shows"):
+        VideoActionConfig(frame_levels=narrow, solver_steps=2)
+    with pytest.raises(ValueError, match="shares: some of policy, forward, inverse, video, joint required, got plan"):
+        VideoActionConfig(shares={"plan": 1.0})

@@ -1,0 +1,404 @@
+"""A unified video-action model: one network, a sampling function that takes a `Query`, and the `WorldModel` that its forward query is.
+
+Everything physical stays outside the network: latents are whitened, actions and poses normalised by statistics saved here. As a world model
+it imagines `chunk` frames a call from the last `history` frames, by the forward query: the coming blocks are given, their frames are
+asked for, and what lies beyond is absent, as in training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from worldline import checkpoint
+from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
+from worldline.diffusion import add_noise, linear_path
+from worldline.errors import SpecMismatch
+from worldline.tokenizers.whitening import unwhiten, whiten
+from worldline.types import Clip, Imagination, LatentSpec, TensorState, WorldSpec
+from worldline.worldmodels.autoregressive import body_of
+from worldline.worldmodels.language import text_encoder
+from worldline.worldmodels.video_action.config import VideoActionConfig
+from worldline.worldmodels.video_action.errors import Errors
+from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles
+from worldline.worldmodels.video_action.tokens import Future, Known
+from worldline.worldmodels.video_action.uva import UnifiedVideoAction
+from worldline.worldmodels.video_action.uwm import UnifiedWorld
+
+KIND = "video-action"
+SAMPLING = ("solver_steps", "chunk", "decode_rounds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoActions:
+    """What a query found: the frames and blocks that are not absent, those given as they were. Raw latents, physical units."""
+
+    latents: Mapping[str, Float[Tensor, "n _f c2 _h _w"]]
+    poses: Float[Tensor, "n _f p"]
+    actions: Float[Tensor, "n _g k a"]
+
+
+class VideoActionModel(nn.Module):
+    """A `WorldModel` that is also a policy, an inverse model and a video generator.
+
+    Args:
+        config: design, sizes and levels.
+        spec: what it models; `spec.latent` is required.
+        action_normalizer, pose_normalizer: fitted on the training episodes.
+    """
+
+    def __init__(
+        self,
+        config: VideoActionConfig,
+        spec: WorldSpec,
+        *,
+        action_normalizer: RobustNormalizer,
+        pose_normalizer: RobustNormalizer,
+    ) -> None:
+        super().__init__()
+        self.config, self.spec = config, replace(spec, chunk=config.chunk)
+        self.action_normalizer, self.pose_normalizer = action_normalizer, pose_normalizer
+        body, encoder = body_of(spec), text_encoder(config.text)
+        design = UnifiedWorld if config.design == "uwm" else UnifiedVideoAction
+        text = 0 if encoder is None else encoder.dim
+        self.network = design(config, body.shapes, body.pose_dim, body.action_dim, text)
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        assert self.spec.latent is not None
+        return self.spec.latent
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the trunk's blocks: what Muon may train."""
+        named = self.network.trunk.blocks.named_parameters()
+        return [p for name, p in named if p.ndim == 2 and min(p.shape) > 2 and "modulation" not in name]
+
+    # --- units --------------------------------------------------------------------------------------------------------
+
+    def known(self, clip: Clip) -> Known:
+        """The last `history` frames of a clip of raw latents, in the network's units."""
+        missing = sorted(c for c, there in clip.present.items() if not there.all())
+        if missing or not set(self.latent_spec.shapes) <= set(clip.frames):
+            missing = missing or sorted(set(self.latent_spec.shapes) - set(clip.frames))
+            raise SpecMismatch(
+                f"cameras {sorted(self.latent_spec.shapes)} are required by this {KIND} model, {missing} are missing"
+            )
+        h, t = self.config.history, clip.poses.shape[1]
+        there = {c: clip.frames[c][:, -h:].to(self.device, torch.float32) for c in self.latent_spec.shapes}
+        poses = self.pose_normalizer.normalize(clip.poses[:, -h:].to(self.device))
+        short = max(0, h - t)
+        return Known(
+            frames={c: _led(x, short) for c, x in whiten(there, self.latent_spec).items()},
+            poses=_led(poses, short),
+            count=torch.full((len(poses),), min(t, h), device=self.device),
+            text=self._text(clip.instruction, len(poses)),
+        )
+
+    def _text(self, instruction: tuple[str, ...], n: int) -> Tensor | None:
+        encoder = text_encoder(self.config.text)
+        if encoder is None:
+            return None
+        if len(instruction) != n:
+            raise SpecMismatch(
+                f"this model is told the instruction: one for each of {n} rows required, got {len(instruction)}"
+            )
+        return encoder(instruction).to(self.device)
+
+    def _blocks(self, actions: Tensor) -> Tensor:
+        """Normalised flattened blocks "n f k*a". Raises `SpecMismatch` for blocks of another size or that are not finite."""
+        wanted = (self.spec.control_steps, self.spec.action.dim)
+        if tuple(actions.shape[2:]) != wanted:
+            raise SpecMismatch(
+                f"action blocks of {wanted[0]} control steps of {wanted[1]} dimensions ({', '.join(self.spec.action.names)}) required, "
+                f"got {tuple(actions.shape[2:])}"
+            )
+        if not torch.isfinite(actions).all():
+            bad = int((~torch.isfinite(actions)).sum())
+            raise SpecMismatch(f"finite actions required, got NaN or infinity in {bad} of {actions.numel()} numbers")
+        return self.action_normalizer.normalize(actions.to(self.device)).flatten(2)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def loss(
+        self, clip: Clip, generator: torch.Generator | None = None, *, acted: Bool[Tensor, " b"] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a clip of raw latents with history + horizon frames, and detached metrics.
+
+        What is asked of each row, which of its frames are known, levels and noise are drawn on the CPU from `generator`.
+
+        Args:
+            acted: rows whose actions are known; the others are asked for video, and their actions are never looked at.
+        """
+        config, h, f = self.config, self.config.history, self.config.horizon
+        if clip.poses.shape[1] != h + f:
+            raise SpecMismatch(f"clips of {h + f} frames (history and horizon) required, got {clip.poses.shape[1]}")
+        n = len(clip.poses)
+        if acted is not None and not bool(acted.all()):
+            actions = torch.where(acted[:, None, None, None], clip.actions, torch.zeros(()))
+            clip = replace(clip, actions=actions)
+        # at the start of an episode less is known than `history` frames: so the frame that is now is one of the first h
+        now = int(torch.randint(h, (), generator=generator))
+        seen = replace(
+            clip,
+            frames={c: x[:, : now + 1] for c, x in clip.frames.items()},
+            poses=clip.poses[:, : now + 1],
+            actions=clip.actions[:, :now],
+        )
+        known = self.known(seen)
+        count = torch.randint(1, now + 2, (n,), generator=generator).to(self.device)
+        known = self._noisy(replace(known, count=count), generator)
+        coming = {c: clip.frames[c][:, now + 1 : now + 1 + f].to(self.device, torch.float32) for c in known.frames}
+        truth = Future(
+            frames=whiten(coming, self.latent_spec),
+            poses=self.pose_normalizer.normalize(clip.poses[:, now + 1 : now + 1 + f].to(self.device)),
+            actions=self._blocks(clip.actions[:, now : now + f]),
+        )
+        roles = draw_roles(config.shares, n, f, generator, sparse=config.targets == "end")
+        if acted is not None:
+            roles = _without_actions(roles, acted, config)
+        found = self._errors(known, truth, roles.to(self.device), generator)
+        return found.loss(config)
+
+    def _errors(self, known: Known, truth: Future, roles: Roles, generator: torch.Generator | None) -> Errors:
+        """Rows without frames and rows with some in two passes: the first are short."""
+        with_frames = roles.with_frames
+        parts = []
+        for rows in (with_frames.nonzero().flatten(), (~with_frames).nonzero().flatten()):
+            if len(rows):
+                parts.append(
+                    self.network.errors(known.index(rows), truth.index(rows), roles.index(rows), generator)
+                )
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def _noisy(self, known: Known, generator: torch.Generator | None) -> Known:
+        """History as dreams have it: at a noise level that the network is told."""
+        level = self.config.history_levels.sample(tuple(known.poses.shape[:2]), generator).to(self.device)
+        frames = {
+            c: add_noise(linear_path, x, torch.randn(x.shape, generator=generator).to(x), level)
+            for c, x in known.frames.items()
+        }
+        return replace(known, frames=frames, level=level)
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seen: Clip,
+        query: Query,
+        *,
+        seeds: Int[Tensor, " n"],
+        frames: Mapping[str, Float[Tensor, "n _given c _h _w"]] | None = None,
+        actions: Float[Tensor, "n _given k a"] | None = None,
+        steps: int | None = None,
+    ) -> VideoActions:
+        """Answer `query` from the frames seen so far (raw latents "n t c h w", t >= 1).
+
+        Args:
+            frames, actions: what the query says is given, in order: as many frames and blocks as have that role.
+            steps: of the solver, instead of the config's. Raises `ValueError` for levels that training never showed.
+
+        Raises `SpecMismatch` for givens of another number or size, and for actions that are not finite.
+        """
+        query = query.at(self.config.horizon)
+        steps = self.config.solver_steps if steps is None else replace(self.config, solver_steps=steps).solver_steps
+        known = self.known(seen)
+        given = self.given(query, len(seeds), frames, actions)
+        at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
+        made = self.answer(known, given, query, seeds=seeds, frame=at, steps=steps)
+        f = [i for i, role in enumerate(query.frames) if role != Role.ABSENT]
+        g = [i for i, role in enumerate(query.actions) if role != Role.ABSENT]
+        return VideoActions(
+            latents=unwhiten({c: x[:, f] for c, x in made.frames.items()}, self.latent_spec),
+            poses=self.pose_normalizer.denormalize(made.poses[:, f]),
+            actions=self.physical(made.actions[:, g]),
+        )
+
+    def physical(self, blocks: Tensor) -> Tensor:
+        """Normalised blocks "n g k*a" as actions "n g k a"."""
+        return self.action_normalizer.denormalize(
+            blocks.unflatten(2, (self.spec.control_steps, self.spec.action.dim))
+        )
+
+    def answer(
+        self,
+        known: Known,
+        given: Future,
+        query: Query,
+        *,
+        seeds: Tensor,
+        frame: Tensor,
+        steps: int,
+        plan: Tensor | None = None,
+    ) -> Future:
+        """`sample` in the network's units. `plan`: normalised blocks that denoising starts from, at `warm_level`."""
+        roles = query.rows(len(seeds)).to(self.device)
+        return self.network.sample(
+            known,
+            given,
+            roles,
+            seeds=seeds.to(self.device),
+            frame=frame.to(self.device),
+            steps=steps,
+            plan=plan,
+            warm=self.config.warm_level,
+        )
+
+    def given(
+        self, query: Query, n: int, frames: Mapping[str, Tensor] | None = None, actions: Tensor | None = None
+    ) -> Future:
+        """What is given in the network's units, zeros elsewhere. Raises `SpecMismatch` for another number than the query's."""
+        f, spec = self.config.horizon, self.latent_spec
+        width = self.spec.control_steps * self.spec.action.dim
+        found = {c: torch.zeros(n, f, *shape, device=self.device) for c, shape in spec.shapes.items()}
+        blocks = torch.zeros(n, f, width, device=self.device)
+        places = [i for i, role in enumerate(query.frames) if role == Role.GIVEN]
+        got = {c: x.shape[1] for c, x in (frames or {}).items()}
+        if places or got:
+            if set(got) != set(found) or set(got.values()) != {len(places)}:
+                raise SpecMismatch(f"{len(places)} given frames of each camera {sorted(found)} required, got {got or 'none'}")
+            assert frames is not None
+            white = whiten({c: frames[c].to(self.device, torch.float32) for c in found}, spec)
+            for c, x in found.items():
+                x[:, places] = white[c]
+        places = [i for i, role in enumerate(query.actions) if role == Role.GIVEN]
+        count = 0 if actions is None else actions.shape[1]
+        if count != len(places):
+            raise SpecMismatch(f"{len(places)} given action blocks required, got {count}")
+        if actions is not None and places:
+            blocks[:, places] = self._blocks(actions)
+        poses = torch.zeros(n, f, len(self.spec.pose_names), device=self.device)
+        return Future(frames=found, poses=poses, actions=blocks)
+
+    # --- as a world model ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, clip: Clip) -> TensorState:
+        """The last frames of real ones (raw latents "n t c h w", t >= 1) as a state. Raises `SpecMismatch` for a missing camera."""
+        return self._state(self.known(clip), torch.full((len(clip.poses),), clip.poses.shape[1] - 1))
+
+    def _state(self, known: Known, frame: Tensor) -> TensorState:
+        tensors = {f"frames/{c}": x for c, x in known.frames.items()}
+        tensors |= {"poses": known.poses, "count": known.count, "frame": frame.to(self.device)}
+        if known.text is not None:
+            tensors["text"] = known.text
+        return TensorState(tensors=tensors, rows=len(known.poses))
+
+    def known_of(self, state: TensorState) -> Known:
+        held = state.tensors
+        frames = {c: held[f"frames/{c}"] for c in self.latent_spec.shapes}
+        return Known(frames=frames, poses=held["poses"], count=held["count"], text=held.get("text"))
+
+    @torch.no_grad()
+    def imagine(
+        self, state: TensorState, actions: Float[Tensor, "n f k a"] | None, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[TensorState, Imagination]:
+        """The f frames that follow, `chunk` at a time. Actions in physical units; latents come back raw, poses in physical units.
+
+        Without actions one chunk of whatever may follow, by the video query. Raises `SpecMismatch` if f is not a multiple of the chunk.
+        """
+        chunk, horizon = self.config.chunk, self.config.horizon
+        query = (FORWARD if actions is not None else VIDEO).first(chunk, horizon)
+        count = chunk if actions is None else actions.shape[1]
+        if count % chunk:
+            raise SpecMismatch(f"blocks in whole chunks of {chunk} required, got {count}")
+        frames: dict[str, list[Tensor]] = {c: [] for c in self.latent_spec.shapes}
+        poses = []
+        for begin in range(0, count, chunk):
+            part = None if actions is None else actions[:, begin : begin + chunk]
+            known = self.known_of(state)
+            given = self.given(query, len(seeds), None, part)
+            made = self.answer(
+                known, given, query, seeds=seeds, frame=state.tensors["frame"], steps=self.config.solver_steps
+            )
+            for c, x in made.frames.items():
+                frames[c].append(x[:, :chunk])
+            poses.append(made.poses[:, :chunk])
+            state = self._after(state, known, {c: x[:, :chunk] for c, x in made.frames.items()}, made.poses[:, :chunk])
+        latents = unwhiten({c: torch.cat(x, 1) for c, x in frames.items()}, self.latent_spec)
+        return state, Imagination(latents=latents, poses=self.pose_normalizer.denormalize(torch.cat(poses, 1)))
+
+    def _after(
+        self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor
+    ) -> TensorState:
+        h, made = self.config.history, poses.shape[1]
+        grown = replace(
+            known,
+            frames={c: torch.cat([x, frames[c]], 1)[:, -h:] for c, x in known.frames.items()},
+            poses=torch.cat([known.poses, poses], 1)[:, -h:],
+            count=(known.count + made).clamp(max=h),
+        )
+        return self._state(grown, state.tensors["frame"] + made)
+
+    # --- storage ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of sampling, by name, as `with_sampling` takes them."""
+        return {name: getattr(self.config, name) for name in SAMPLING}
+
+    @property
+    def reads_instructions(self) -> bool:
+        return self.config.text != "none"
+
+    def with_sampling(self, **changes: Any) -> "VideoActionModel":
+        """The same weights with other sampling settings, checked against training. Raises `ValueError`."""
+        if unknown := sorted(set(changes) - {*SAMPLING, "warm_level", "execute"}):
+            raise ValueError(f"sampling of a {KIND} model: some of {', '.join(SAMPLING)} required, got {unknown}")
+        other = object.__new__(VideoActionModel)
+        config = replace(self.config, **changes)
+        other.__dict__ = self.__dict__ | {"config": config, "spec": replace(self.spec, chunk=config.chunk)}
+        network = object.__new__(type(self.network))
+        network.__dict__ = self.network.__dict__ | {"config": config}
+        other.__dict__["_modules"] = self.__dict__["_modules"] | {"network": network}
+        return other
+
+    def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
+        checkpoint.save_part(
+            folder,
+            part="world-model",
+            kind=KIND,
+            config={
+                "model": checkpoint.to_json(self.config),
+                **normalizers_to_json(self.action_normalizer, self.pose_normalizer),
+            },
+            spec=self.spec,
+            tensors=self.state_dict(),
+            provenance=provenance or {},
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VideoActionModel":
+        def build(config: Any, spec: WorldSpec, source: str) -> "VideoActionModel":
+            return cls(
+                checkpoint.from_json(VideoActionConfig, config["model"], source=source),
+                spec,
+                **normalizers_from_json(config, source=source),
+            )
+
+        return checkpoint.load_part(folder, part="world-model", kind=KIND, build=build)
+
+
+def _led(x: Tensor, before: int) -> Tensor:
+    """ "n t ..." with so many zero frames before."""
+    return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x], 1) if before else x
+
+
+def _without_actions(roles: Roles, acted: Tensor, config: VideoActionConfig) -> Roles:
+    """Rows whose actions are unknown: all of their frames are asked for, as the video query does."""
+    whole = VIDEO.at(config.horizon).rows(len(acted))
+    frames = whole.frames
+    if config.targets == "end":
+        frames = frames.masked_fill(torch.arange(config.horizon) != config.horizon - 1, Role.ABSENT)
+    keep = acted.cpu()[:, None]
+    return Roles(
+        frames=torch.where(keep, roles.frames, frames), actions=torch.where(keep, roles.actions, whole.actions)
+    )

@@ -1,0 +1,161 @@
+"""Unified World Models (2504.02792): coming frames and action blocks are denoised together, each at a level of its own.
+
+- The vector that modulates the trunk embeds both levels, of frames and of actions; every token is marked with its own, so that given and
+  denoised ones may stand side by side. Given is level 0. Absent is no level: there is no token, and the vector says so. (The published
+  code marks what is absent by noise at a level that sampling then misstates: SYSTEMS' 14% of signal in pure noise.)
+- The network predicts what is clean; the loss is the flow-matching loss, its weight 1/level^2 capped.
+- Observations are tokens like the rest, not a residual network's features: they are what the tokenizer gives anyway.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from worldline.diffusion import add_noise, linear_path, row_noise, sample_euler, solver_levels
+from worldline.worldmodels.layers import LevelEmbedding
+from worldline.worldmodels.video_action.config import VideoActionConfig
+from worldline.worldmodels.video_action.errors import Errors, errors_of
+from worldline.worldmodels.video_action.queries import Role, Roles
+from worldline.worldmodels.video_action.tokens import Future, Known, Tokens
+from worldline.worldmodels.video_action.trunk import Trunk, init_linear
+
+
+class UnifiedWorld(nn.Module):
+    """The UWM design. All in the network's units."""
+
+    def __init__(
+        self,
+        config: VideoActionConfig,
+        shapes: Mapping[str, tuple[int, int, int]],
+        pose_dim: int,
+        action_dim: int,
+        text_dim: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = config.trunk.width
+        self.tokens = Tokens(config, shapes, pose_dim, action_dim, text_dim)
+        self.trunk = Trunk(config.trunk)
+        self.frame_level, self.action_level, self.own_level = (LevelEmbedding(width) for _ in range(3))
+        self.no_frames, self.no_actions = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        cells = {c: channels * config.trunk.patch**2 for c, (channels, _, _) in shapes.items()}
+        self.to_patch = nn.ModuleDict({self.tokens.keys[c]: nn.Linear(width, cells[c]) for c in shapes})
+        self.to_pose, self.to_action = nn.Linear(width, pose_dim), nn.Linear(width, action_dim)
+        init_linear(self)
+        self.trunk.init_weights()
+        for head in (*self.to_patch.values(), self.to_pose):
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)
+
+    def predict(self, known: Known, shown: Future, roles: Roles, frame_level: Tensor, action_level: Tensor) -> Future:
+        """What is clean. `shown` holds given values as they are and others at their row's level, "n". Zeros where there is no token."""
+        own_frames = frame_level[:, None] * (roles.frames == Role.DENOISED)
+        own_actions = action_level[:, None] * (roles.actions == Role.DENOISED)
+        level = torch.zeros_like(known.poses[..., 0]) if known.level is None else known.level
+        # what is mostly noise is turned down: pure noise says nothing, and the network should not have to learn that
+        signal, action_signal = 1 - own_frames, (1 - own_actions)[..., None]
+        turned = {c: x * signal[..., None, None, None] for c, x in shown.frames.items()}
+        sequence = self.tokens.sequence(
+            known,
+            Future(frames=turned, poses=shown.poses * signal[..., None], actions=shown.actions * action_signal),
+            roles,
+            seen_marks=self.own_level(level),
+            frame_marks=self.own_level(own_frames),
+            action_marks=self.own_level(own_actions),
+        )
+        vector = _told(self.frame_level, frame_level, roles.frames, self.no_frames)
+        vector = vector + _told(self.action_level, action_level, roles.actions, self.no_actions)
+        made = self.trunk(sequence, vector)
+        views, poses, actions = self.tokens.split(sequence, made)
+        patches, pose = self.tokens.current(known)
+        horizon = self.config.horizon
+        frames = {}
+        for c, x in known.frames.items():
+            clean = x.new_zeros(len(x), horizon, *x.shape[2:])
+            if c in views:
+                changed = patches[c][:, None] + self.to_patch[self.tokens.keys[c]](views[c])
+                clean[:, sequence.frames] = self.tokens.joined(c, changed).to(clean)
+            frames[c] = clean
+        clean_poses, clean_actions = torch.zeros_like(shown.poses), torch.zeros_like(shown.actions)
+        if len(sequence.frames):
+            clean_poses[:, sequence.frames] = (pose[:, None] + self.to_pose(poses)).to(clean_poses)
+        clean_actions[:, sequence.actions] = self.to_action(actions).to(clean_actions)
+        return Future(frames=frames, poses=clean_poses, actions=clean_actions)
+
+    def errors(self, known: Known, truth: Future, roles: Roles, generator: torch.Generator | None) -> Errors:
+        """Of what is asked for, weighted; levels of frames and actions are drawn apart."""
+        config, device, n = self.config, truth.poses.device, len(truth.poses)
+        frame_level = config.frame_levels.sample((n,), generator).to(device)
+        action_level = config.action_levels.sample((n,), generator).to(device)
+        level = {"frames": frame_level, "actions": action_level}
+        noise = truth.like(torch.randn(truth.flat().shape, generator=generator).to(device))
+        noisy = Future(
+            frames={c: add_noise(linear_path, x, noise.frames[c], frame_level) for c, x in truth.frames.items()},
+            poses=add_noise(linear_path, truth.poses, noise.poses, frame_level),
+            actions=add_noise(linear_path, truth.actions, noise.actions, action_level),
+        )
+        made = self.predict(known, truth.pick(roles, noisy), roles, frame_level, action_level)
+        weight = {k: (1 / x.clamp(min=1e-3) ** 2).clamp(max=config.max_weight) * (x > 0) for k, x in level.items()}
+        return errors_of(made, truth, roles, weight["frames"], weight["actions"])
+
+    def sample(
+        self,
+        known: Known,
+        given: Future,
+        roles: Roles,
+        *,
+        seeds: Tensor,
+        frame: Tensor,
+        steps: int,
+        plan: Tensor | None = None,
+        warm: float = 1.0,
+    ) -> Future:
+        """What is asked for, given the rest. One pass of the trunk a step.
+
+        Args:
+            frame: "n", the number of the current frame: noise is a function of (seed, frame).
+            plan: blocks to begin from, at level `warm`, instead of pure noise.
+        """
+        noise = noise_like(given, roles, seeds, frame)
+        start, levels = noise, solver_levels(steps)
+        if plan is not None and warm < 1:
+            levels = warm * levels
+            at = torch.full((len(seeds),), warm, device=seeds.device)
+            start = Future(
+                frames=noise.frames, poses=noise.poses, actions=add_noise(linear_path, plan, noise.actions, at)
+            )
+
+        def predict(flat: Tensor, level: Tensor) -> Tensor:
+            shown = given.pick(roles, given.like(flat))
+            return self.predict(known, shown, roles, level, level).flat()
+
+        return given.pick(roles, given.like(sample_euler(predict, start.flat(), levels, linear_path)))
+
+
+def _told(embed: LevelEmbedding, level: Tensor, roles: Tensor, absent: Tensor) -> Tensor:
+    """What the row's vector says of one modality: its level, 0 if all that is there is given, or that it is absent."""
+    level = level * (roles == Role.DENOISED).any(1)
+    gone = (roles == Role.ABSENT).all(1)
+    return torch.where(gone[:, None], absent, embed(level))
+
+
+def noise_like(future: Future, roles: Roles, seeds: Tensor, frame: Tensor) -> Future:
+    """Noise of a row's seed and frame, the same whatever is asked for: a stream for each camera, for poses and for actions. Zeros for
+    frames that no row has."""
+    has_frames = bool((roles.frames != Role.ABSENT).any())
+
+    def of(x: Tensor, stream: int) -> Tensor:
+        return row_noise(seeds, frame, 0, tuple(x.shape[1:]), stream=stream).to(x)
+
+    if not has_frames:
+        return Future(
+            frames={c: torch.zeros_like(x) for c, x in future.frames.items()},
+            poses=torch.zeros_like(future.poses),
+            actions=of(future.actions, 1),
+        )
+    return Future(
+        frames={c: of(x, 2 + i) for i, (c, x) in enumerate(sorted(future.frames.items()))},
+        poses=of(future.poses, 0),
+        actions=of(future.actions, 1),
+    )

@@ -66,6 +66,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                 "world_model",
                 "world_model_edm",
                 "world_models",
+                "video_action",
                 "scorer",
                 "policy",
                 "offline",

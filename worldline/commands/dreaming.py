@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from worldline.checkpoint import to_json
+from worldline.commands.asking import ask
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
 from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
@@ -34,6 +35,7 @@ class Imagine(SamplingFlags):
     """Replay an episode's actions in a world model's dream; real and imagined side by side.
 
     Example: worldline imagine --world-model runs/wm --data data/drawer --episode 3 --out out.mp4
+    What a unified model would do: worldline imagine --world-model runs/va --data data/drawer --episode 3 --mode policy
     By the instruction alone (a model trained with --model.text hashed --model.actionless 0.5):
     worldline imagine --world-model runs/wm --data data/reach --episode 3 --actions none --instruction "reach the red box"
     """
@@ -48,6 +50,10 @@ class Imagine(SamplingFlags):
     actions: Literal["true", "negated", "zeroed", "none"] = "true"
     """What the dream is given: the recorded actions, or wrong ones to see that it obeys them, or none: it imagines whatever may
     follow (a model trained with --model.actionless)."""
+    mode: Literal["forward", "policy", "inverse", "video", "joint"] = "forward"
+    """What is asked (a unified video-action model). forward: what do the recorded actions lead to? policy: which actions would it take
+    at each frame? inverse: which led from frame to frame? video: what may happen? joint: what may happen, and by which actions?
+    Actions are drawn beside the recorded ones in a plot next to --out."""
     instruction: str | None = None
     """Said in place of the episode's own (a model trained with --model.text)."""
     clip_actions: bool = False
@@ -73,8 +79,11 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     if not 0 <= config.episode < len(dataset):
         raise WorldlineError(f"--episode 0 to {len(dataset) - 1} required by {config.data}, got {config.episode}")
     cameras = [c.name for c in dream.spec.cameras]
-    replays = load_replays(dataset, [config.episode], cameras=cameras, frames=config.frames, stride=stride)
-    replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
+    acting = config.mode == "forward" and config.actions != "none"
+    options: dict[str, Any] = {"frames": config.frames, "stride": stride, "acting": acting}
+    replays = load_replays(dataset, [config.episode], cameras=cameras, **options)
+    if dataset.acts(config.episode):
+        replays = within_range(replays, dream.spec.action, clip=config.clip_actions)
     starts, signs = replays.first, {"true": 1.0, "negated": -1.0, "zeroed": 0.0}
     if config.instruction is not None:
         assert isinstance(dream.world_model, TrainedWorldModel), "what load_dream loads"
@@ -84,6 +93,11 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
                 "--model.text hashed`."
             )
         starts = replace(starts, instruction=(config.instruction,))
+    if config.mode != "forward":
+        found = ask(dream, replace(replays, instruction=starts.instruction), config.mode, config.out, seed=config.seed)
+        if found:
+            print("R2 of actions: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        return config.out
     made = rollout(
         dream,
         None,

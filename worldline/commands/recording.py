@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from worldline.commands.outputs import check_report_folder, release_claim
-from worldline.data import LeRobotDataset, Problem, inspect_dataset
+from worldline.data import UNKNOWN, LeRobotDataset, Problem, inspect_dataset
 from worldline.errors import DatasetError, WorldlineError
 from worldline.eval import Report
 from worldline.policies import load_policy
@@ -42,6 +42,9 @@ class Record:
     """Control steps of an episode."""
     control_steps: int = 4
     """Control steps between two frames."""
+    without_actions: bool = False
+    """Video alone: no actions are stored, and each episode says so. Unified video-action models learn from it; what needs actions
+    refuses it."""
     processes: int | None = None
     """Worker processes; one a core by default."""
 
@@ -70,6 +73,7 @@ def run_record(config: Record, *, progress: bool = True) -> Path:
             control_steps=config.control_steps,
             processes=config.processes or min(cores(), max(1, config.episodes // 8)),
             resume=(config.out / ".staging").is_dir(),
+            provenance={"actions": UNKNOWN} if config.without_actions else None,
             progress=progress,
         )
     except WorldlineError:

@@ -36,6 +36,7 @@ from worldline.types import Episode, WorldSpec
 
 OPEN_TABLES = 8  # parquet files kept in memory
 STATES = "observation.environment_state"
+UNKNOWN = "unknown"  # provenance["actions"] of video alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +127,15 @@ class LeRobotDataset:
         """Frames of episode `index`."""
         return int(self._row(index)["length"])
 
+    def acts(self, index: int) -> bool:
+        """Whether the actions of episode `index` are known. Those of video alone (`record --without-actions`) are not."""
+        return self._row(index)["provenance"].get("actions") != UNKNOWN
+
     def episode(self, index: int) -> Episode:
-        """Episode `index`. Its numbers are read and checked (`DatasetError` on NaN), its frames decoded on access."""
+        """Episode `index`. Its numbers are read and checked (`DatasetError` on NaN), its frames decoded on access.
+
+        Actions that are not known (`acts`) are NaN: what uses them by mistake is found out.
+        """
         row, numbers = self._row(index), self.numbers(index)
         for column in [*self.action_columns, *self.pose_columns]:
             self._require_finite(index, column, numbers)
@@ -143,6 +151,8 @@ class LeRobotDataset:
         success = self.success(index)
         from_column = success is not None and row["success"] is None
         scorer = {"scorer": f"dataset column {self._success_column}"} if from_column else {}
+        if not self.acts(index):
+            blocks = np.full_like(blocks, np.nan)
         k, a = self.spec.control_steps, self.spec.action.dim
         return Episode(
             frames=self.frames(index),
@@ -315,3 +325,13 @@ def _video_problem(index: int, camera: str, video: VideoFrames, packets: np.ndar
         return []
     detail = f"{video.path}: {video.length} frames required, got {got}"
     return [Problem(kind="truncated video", episode=index, column=camera, detail=detail)]
+
+
+def require_actions(dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
+    """Raise `DatasetError` if the actions of some of these episodes are not known."""
+    without = [i for i in episodes if not dataset.acts(i)]
+    if without:
+        raise DatasetError(
+            f"{dataset.root}: episodes with actions are required, {len(without)} of {len(episodes)} are video alone (the first: "
+            f"{without[0]}). Leave them out; `worldline train video-action` learns from them."
+        )

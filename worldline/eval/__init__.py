@@ -21,7 +21,7 @@ from worldline.eval.intervals import (
     paired_interval,
     wilson,
 )
-from worldline.eval.plots import horizon_curves, ranking_scatter, reliability_diagram, success_bars
+from worldline.eval.plots import action_curves, horizon_curves, ranking_scatter, reliability_diagram, success_bars
 from worldline.eval.prediction_powered import (
     LeaveOneOutCalibration,
     PredictionPowered,
@@ -62,6 +62,7 @@ __all__ = [
     "Report",
     "ScorerCalibration",
     "VideoMetrics",
+    "action_curves",
     "clopper_pearson",
     "compare_videos",
     "copy_context",

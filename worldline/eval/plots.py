@@ -212,3 +212,19 @@ def score_histogram(scores: Sequence[float], threshold: float) -> Figure:
     axes.hist(scores, bins=np.linspace(0, 1, 26).tolist(), color=GREY)
     axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
     return figure
+
+
+def action_curves(
+    truth: Float[np.ndarray, "t a"], found: Float[np.ndarray, "t a"], *, names: Sequence[str], label: str
+) -> Figure:
+    """Recorded actions and those found, over control steps, one panel a dimension."""
+    figure = Figure(figsize=(7.2, 1.4 * len(names) + 0.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
+    for i, (axes, name) in enumerate(zip(panels, names)):
+        axes.plot(truth[:, i], color=GREY, linewidth=1.2, label="recorded")
+        axes.plot(found[:, i], color=COLOURS[0], linewidth=1.2, label=label)
+        axes.set_ylabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, ncols=2, loc="upper right")
+    panels[-1].set_xlabel("control step")
+    return figure

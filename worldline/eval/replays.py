@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from worldline.data import LeRobotDataset, strided
+from worldline.data import LeRobotDataset, require_actions, strided
 from worldline.errors import DatasetError
 from worldline.rl_in_imagination.dream import Dream
 from worldline.types import ActionSpec, Observation, require_match
@@ -48,11 +48,17 @@ def _grainy(images: UInt8[Tensor, "n c h w"], std: float) -> UInt8[Tensor, "n c 
 
 
 def load_replays(
-    dataset: LeRobotDataset, episodes: Sequence[int], *, cameras: Sequence[str], frames: int | None, stride: int = 1
+    dataset: LeRobotDataset,
+    episodes: Sequence[int],
+    *,
+    cameras: Sequence[str],
+    frames: int | None,
+    stride: int = 1,
+    acting: bool = True,
 ) -> Replays:
     """Episodes of at least `frames` frames (default: the shortest), from their first frame on.
 
-    Raises `DatasetError` if none is long enough.
+    Raises `DatasetError` if none is long enough, or if actions are not known; without `acting` those are NaN then.
     """
     lengths = [(dataset.length(i) - 1) // stride + 1 for i in episodes]
     t = frames or min(lengths, default=0)
@@ -61,6 +67,8 @@ def load_replays(
         raise DatasetError(
             f"{dataset.root}: episodes of at least {max(t, 2)} frames required, the longest has {max(lengths, default=0)}"
         )
+    if acting:
+        require_actions(dataset, chosen)
     read = [dataset.episode(i) for i in chosen]
     k = read[0].actions.shape[1] * stride
     rows = slice(0, (t - 1) * stride + 1, stride)

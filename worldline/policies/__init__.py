@@ -8,8 +8,10 @@ from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
 from worldline.policies.heads import draw
 from worldline.policies.steered import KIND, SteeredPolicy
+from worldline.policies.video_action import VideoActionPolicy
 from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer, Wandering
 from worldline.types import Policy, WorldSpec
+from worldline.worldmodels import video_action
 
 __all__ = [
     "CallablePolicy",
@@ -20,6 +22,7 @@ __all__ = [
     "PolicyConfig",
     "SteeredPolicy",
     "ThroughTokenizer",
+    "VideoActionPolicy",
     "Wandering",
     "draw",
     "load_policy",
@@ -29,8 +32,9 @@ __all__ = [
 def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     """A policy from what a user types.
 
-    `runs/bc50` a checkpoint folder (or hub name) · `module:function` a Python callable · `ws://host:port` a policy served
-    from another environment · any of these with `@noise=0.5,lag=4` behind it, corrupted.
+    `runs/bc50` a checkpoint folder (or hub name), of a policy or of a unified video-action model · `module:function` a Python callable ·
+    `ws://host:port` a policy served from another environment · any of these with `@noise=0.5,lag=4` behind it, corrupted; a
+    video-action model also with `@steps=4,execute=1,warm=0.5`: solver steps, blocks handed out at a time, the level it begins at.
 
     Args:
         spec: what the world it will act in provides; used by policies that say nothing of what they require.
@@ -44,20 +48,37 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
         policy = CallablePolicy.load(base, spec)
     else:
         folder = checkpoint.resolve(base)
-        steered = checkpoint.load_config(folder, part="policy")["kind"] == KIND
-        policy = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(folder)
-    return Corrupted(policy, **_corruption(name, options)) if options else policy
+        config = folder / "config.json"
+        unified = config.is_file() and checkpoint.read_json(config).get("kind") == video_action.KIND
+        if unified:
+            policy = VideoActionPolicy.from_pretrained(folder)
+        else:
+            steered = checkpoint.load_config(folder, part="policy")["kind"] == KIND
+            policy = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(folder)
+    return _with_options(policy, name, options) if options else policy
 
 
-def _corruption(name: str, options: str) -> dict[str, Any]:
-    kinds = {"noise": float, "lag": int}
+def _with_options(policy: Policy, name: str, options: str) -> Policy:
+    """The policy with what stands behind '@'. Raises `PolicyError` for options that it does not have."""
+    settings = _options(name, options, unified=isinstance(policy, VideoActionPolicy))
+    corruption = {k: settings.pop(k) for k in ("noise", "lag") if k in settings}
+    if settings:
+        assert isinstance(policy, VideoActionPolicy)
+        policy = policy.with_options(**settings)
+    return Corrupted(policy, **corruption) if corruption else policy
+
+
+def _options(name: str, options: str, *, unified: bool) -> dict[str, Any]:
+    kinds: dict[str, Any] = {"noise": float, "lag": int}
+    required = "noise=NUMBER and lag=STEPS"
+    if unified:
+        kinds |= {"steps": int, "execute": int, "warm": float}
+        required = "noise=NUMBER, lag=STEPS, steps=N, execute=BLOCKS and warm=LEVEL"
     settings: dict[str, Any] = {}
     for item in options.split(","):
         key, _, value = item.partition("=")
         try:
             settings[key] = kinds[key](value)
         except (KeyError, ValueError) as error:
-            raise PolicyError(
-                f"policy {name!r}: noise=NUMBER and lag=STEPS required after '@', got {item!r}"
-            ) from error
+            raise PolicyError(f"policy {name!r}: {required} required after '@', got {item!r}") from error
     return settings

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from worldline.checkpoint import read_json, write_json
+from worldline.data.lerobot_read import UNKNOWN
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, SimulatorError, WorldlineError
 from worldline.executor import ChunkExecutor
@@ -211,7 +213,7 @@ class _Worker:
         writer.stage(
             index,
             frames={c.name: torch.stack([f.images[c.name] for f in frames]) for c in self.world.spec.cameras},
-            actions=torch.stack([step.consumed for step in steps]),
+            actions=self._told(torch.stack([step.consumed for step in steps])),
             poses=torch.stack([f.pose for f in frames]),
             states=torch.stack([f.state for f in frames]),
             rewards=torch.tensor([step.reward for step in steps]),
@@ -229,6 +231,10 @@ class _Worker:
                 **self.job.provenance,
             },
         )
+
+    def _told(self, actions: Tensor) -> Tensor:
+        """Zeros where the recording is to be video alone."""
+        return torch.zeros_like(actions) if self.job.provenance.get("actions") == UNKNOWN else actions
 
     def close(self) -> None:
         self.world.close()

@@ -19,6 +19,7 @@ from worldline.data import (
     RobustNormalizer,
     action_blocks,
     collate,
+    require_actions,
     strided,
     with_lead,
 )
@@ -105,7 +106,9 @@ def share(selections: Sequence[Selection], seed: int, step: int, size: int) -> l
 
 
 def fit_normalizers(selections: Sequence[Selection]) -> tuple[RobustNormalizer, RobustNormalizer]:
-    """Action and pose normalisers of the selected episodes. Raises `DatasetError` naming an episode with NaN."""
+    """Action and pose normalisers of the selected episodes. Raises `DatasetError` naming an episode with NaN, or without actions."""
+    for s in selections:
+        require_actions(s.dataset, s.episodes)
     episodes = [s.dataset.episode(i) for s in selections for i in s.episodes]
     actions = torch.cat([e.actions.flatten(0, 1) for e in episodes])
     return RobustNormalizer.fit(actions), RobustNormalizer.fit(torch.cat([e.poses for e in episodes]))

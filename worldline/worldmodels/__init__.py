@@ -1,4 +1,4 @@
-"""World models: the autoregressive denoiser, the EDM U-Net, their networks, and the trivial predictors they must beat."""
+"""World models: the autoregressive denoiser, the EDM U-Net, unified video-action models, their networks, and the trivial predictors they must beat."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from worldline import checkpoint
 from worldline.errors import CheckpointError
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.worldmodels import autoregressive, edm_unet
+from worldline.worldmodels import autoregressive, edm_unet, video_action
 from worldline.worldmodels.autoregressive import AutoregressiveConfig, AutoregressiveWorldModel
 from worldline.worldmodels.baselines import CopyLastFrame
 from worldline.worldmodels.edm_config import EDMConfig
@@ -14,6 +14,7 @@ from worldline.worldmodels.edm_unet import EDMWorldModel
 from worldline.worldmodels.embodiments import MEMBER_KIND, MultiWorldModel, Robot, load_member, require_one
 from worldline.worldmodels.state import StreamState
 from worldline.worldmodels.transformer import SpaceTimeTransformer, TransformerConfig
+from worldline.worldmodels.video_action import VideoActionConfig, VideoActionModel
 
 __all__ = [
     "AutoregressiveConfig",
@@ -27,17 +28,20 @@ __all__ = [
     "StreamState",
     "TrainedWorldModel",
     "TransformerConfig",
+    "VideoActionConfig",
+    "VideoActionModel",
     "load_world_model",
 ]
 
 
-# both with `sampling`, `with_sampling`, `reads_instructions`
-TrainedWorldModel = AutoregressiveWorldModel | EDMWorldModel
+# all with `sampling`, `with_sampling`, `reads_instructions`
+TrainedWorldModel = AutoregressiveWorldModel | EDMWorldModel | VideoActionModel
 
 _LOADERS: dict[str, Callable[[Path], TrainedWorldModel]] = {
     autoregressive.KIND: AutoregressiveWorldModel.from_pretrained,
     MEMBER_KIND: load_member,
     edm_unet.KIND: EDMWorldModel.from_pretrained,
+    video_action.KIND: VideoActionModel.from_pretrained,
 }
 
 

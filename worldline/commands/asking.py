@@ -1,0 +1,109 @@
+"""`imagine --mode`: the other questions that a unified video-action model answers along a recorded episode.
+
+    policy, inverse   which actions? from each frame on; drawn beside those recorded, and an R2 of each dimension
+    video, joint      what may happen? the model goes on from the episode's first frame on its own (joint: and says by which actions)
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldline.errors import WorldlineError
+from worldline.eval import action_curves
+from worldline.eval.replays import Replays
+from worldline.eval.videos import video_grid, write_mp4
+from worldline.rl_in_imagination.dream import Dream
+from worldline.types import Clip
+from worldline.worldmodels import VideoActionModel
+from worldline.worldmodels.video_action import INVERSE, JOINT, POLICY, VIDEO
+
+log = logging.getLogger(__name__)
+
+
+def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> dict[str, float]:
+    """Answer `mode` along the first of the replays: write the video and, where actions are found, a plot beside it (OUT with .png).
+
+    Returns R2 of the found actions by dimension (policy, inverse), where the recorded ones are known. Raises `WorldlineError` unless the model is a unified one.
+    """
+    model = dream.world_model
+    if not isinstance(model, VideoActionModel):
+        raise WorldlineError(
+            f"--mode {mode}: a unified video-action model is required (`worldline train video-action`), got {type(model).__name__}. "
+            "Leave --mode out to imagine what recorded actions lead to."
+        )
+    frames = {c: x[:1] for c, x in replays.frames.items()}
+    latents = dream.tokenizer.encode(frames)
+    whole = Clip(
+        frames=latents, poses=replays.poses[:1], actions=replays.actions[:1], instruction=replays.instruction[:1]
+    )
+    real = {c: x[0] for c, x in frames.items()}
+    if mode in ("policy", "inverse"):
+        found = _found(model, whole, mode, seed)
+        truth = whole.actions[0, : len(found)].flatten(0, 1).numpy()
+        names = dream.spec.action.names
+        action_curves(truth, found.flatten(0, 1).numpy(), names=names, label=mode).savefig(out.with_suffix(".png"))
+        write_mp4(out, video_grid({"real": real}), dream.spec.fps)
+        if not np.isfinite(truth).all():  # video alone
+            return {}
+        missed = ((found.flatten(0, 1).numpy() - truth) ** 2).mean(0)
+        return {name: float(1 - m / max(v, 1e-12)) for name, m, v in zip(names, missed, np.var(truth, axis=0))}
+    made, actions = _dreamt(model, whole, mode, seed)
+    shown = {c: torch.cat([frames[c][:, :1], x], 1)[0] for c, x in dream.tokenizer.decode(made).items()}
+    write_mp4(out, video_grid({"real": real, f"imagined ({mode})": shown}), dream.spec.fps)
+    if mode == "joint":
+        count = actions.shape[1]
+        truth = whole.actions[0, :count].flatten(0, 1).numpy()
+        figure = action_curves(truth, actions[0].flatten(0, 1).numpy(), names=dream.spec.action.names, label=mode)
+        figure.savefig(out.with_suffix(".png"))
+    return {}
+
+
+def _seen(whole: Clip, last: int, history: int) -> Clip:
+    begin = max(0, last + 1 - history)
+    return Clip(
+        frames={c: z[:, begin : last + 1] for c, z in whole.frames.items()},
+        poses=whole.poses[:, begin : last + 1],
+        actions=whole.actions[:, begin:last],
+        instruction=whole.instruction,
+    )
+
+
+def _found(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> Tensor:
+    """The block "k a" that leaves each frame, as the policy or the inverse query finds it, "t k a"."""
+    horizon, t = model.config.horizon, whole.poses.shape[1]
+    blocks = []
+    for i in range(t - 1):
+        seen = _seen(whole, i, model.config.history)
+        count = min(horizon, t - 1 - i)
+        query = (POLICY if mode == "policy" else INVERSE).first(count, horizon)
+        given = {c: z[:, i + 1 : i + 1 + count] for c, z in whole.frames.items()} if mode == "inverse" else None
+        made = model.sample(seen, query, seeds=torch.tensor([seed + i]), frames=given)
+        blocks.append(made.actions[0, 0])
+    return torch.stack(blocks).cpu()
+
+
+def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Latents and blocks of as many frames as the episode has, a horizon at a time from the frames imagined so far."""
+    seen, t, horizon = _seen(whole, 0, 1), whole.poses.shape[1], model.config.horizon
+    latents: dict[str, list[Tensor]] = {c: [] for c in whole.frames}
+    actions: list[Tensor] = []
+    k, a = whole.actions.shape[2:]
+    for begin in range(0, t - 1, horizon):
+        query: Any = JOINT if mode == "joint" else VIDEO
+        made = model.sample(seen, query.at(horizon), seeds=torch.tensor([seed + begin]))
+        for c, z in made.latents.items():
+            latents[c].append(z.cpu())
+        actions.append(made.actions.cpu())
+        keep = min(model.config.history, horizon)
+        seen = Clip(
+            frames={c: z[:, -keep:].cpu() for c, z in made.latents.items()},
+            poses=made.poses[:, -keep:].cpu(),
+            actions=torch.zeros(1, keep - 1, k, a),
+            instruction=whole.instruction,
+        )
+    return {c: torch.cat(z, 1)[:, : t - 1] for c, z in latents.items()}, torch.cat(actions, 1)[:, : t - 1]

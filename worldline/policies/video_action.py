@@ -1,0 +1,108 @@
+"""A unified video-action model as a policy: the policy query, a chunk at a time.
+
+- A chunk is `horizon` blocks, of which `execute` are handed out. Asked at every frame (`execute` 1), it knows the last `history` frames;
+  asked less often it has not seen those between, and knows the one that is now, as training also shows it.
+- With `warm_level` below 1 denoising begins from what is left of the last chunk at that level, not from pure noise (the plan moved on by what
+  was handed out, its last block repeated).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from worldline.errors import PolicyError
+from worldline.tokenizers import Tokenizer, load_tokenizer
+from worldline.types import Clip, Observation, TensorState, WorldSpec
+from worldline.worldmodels.video_action import POLICY, VideoActionModel
+
+
+class VideoActionPolicy:
+    """A `Policy`. Raises `PolicyError` for a model that never learned to act (trained on video alone)."""
+
+    def __init__(self, model: VideoActionModel, tokenizer: Tokenizer) -> None:
+        if not model.config.shares.get("policy"):
+            raise PolicyError(
+                "a video-action model that learned to act is required (a share of `policy` in model.shares), this one learned "
+                f"{dict(model.config.shares)}. Go on from it with --stage joint --init-from."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.spec: WorldSpec = replace(model.spec, chunk=1, latent=None)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VideoActionPolicy":
+        folder = Path(folder)
+        return cls(VideoActionModel.from_pretrained(folder), load_tokenizer(folder / "tokenizer"))
+
+    def with_options(self, **options: float | int) -> "VideoActionPolicy":
+        """With other `steps`, `execute` or `warm`. Raises `PolicyError` for what the model's training does not allow."""
+        names = {"steps": "solver_steps", "execute": "execute", "warm": "warm_level"}
+        changes = {names[k]: v if k == "warm" else int(v) for k, v in options.items()}
+        try:
+            return VideoActionPolicy(self.model.with_sampling(**changes), self.tokenizer)
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+
+    @property
+    def execute(self) -> int:
+        """Blocks handed out at a time."""
+        return self.model.config.execute or self.model.config.horizon
+
+    def reset(self, n: int) -> TensorState:
+        model, h = self.model, self.model.config.history
+        tensors = {f"frames/{c}": torch.zeros(n, h, *shape) for c, shape in model.latent_spec.shapes.items()}
+        tensors["poses"] = torch.zeros(n, h, len(self.spec.pose_names))
+        tensors["count"] = torch.zeros(n, dtype=torch.long)
+        width = self.spec.control_steps * self.spec.action.dim
+        tensors["plan"] = torch.zeros(n, model.config.horizon, width)
+        return TensorState(tensors=tensors, rows=n)
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        """Actions within their range."""
+        model, n, h, held = self.model, len(observation), self.model.config.history, state.tensors
+        latents = self.tokenizer.encode({c.name: observation.images[c.name][:, None] for c in self.spec.cameras})
+        empty = torch.zeros(n, 0, self.spec.control_steps, self.spec.action.dim)
+        now = model.known(
+            Clip(frames=latents, poses=observation.pose[:, None], actions=empty, instruction=observation.instruction)
+        )
+        follows = self.execute == 1
+        count = (held["count"] + 1).clamp(max=h) if follows else torch.ones(n, dtype=torch.long)
+        known = replace(
+            now,
+            frames={
+                c: torch.cat([held[f"frames/{c}"].to(x)[:, 1:], x[:, -1:]], 1) if h > 1 else x
+                for c, x in now.frames.items()
+            },
+            poses=torch.cat([held["poses"].to(now.poses)[:, 1:], now.poses[:, -1:]], 1),
+            count=count.to(model.device),
+        )
+        plan, levels_plan = held["plan"].to(model.device), None
+        fresh = held["count"] == 0
+        if model.config.warm_level < 1 and not bool(fresh.all()):
+            levels_plan = plan
+        query = POLICY.at(model.config.horizon)
+        options = {
+            "seeds": seeds,
+            "frame": torch.zeros(n, dtype=torch.long),
+            "steps": model.config.solver_steps,
+        }
+        made = model.answer(known, model.given(query, n), query, plan=levels_plan, **options).actions
+        if levels_plan is not None and bool(fresh.any()):  # rows that just began have no plan to begin from
+            afresh = model.answer(known, model.given(query, n), query, **options).actions
+            made = torch.where(fresh.to(made.device)[:, None, None], afresh, made)
+        left = made[:, self.execute :]
+        tensors = {f"frames/{c}": x.cpu() for c, x in known.frames.items()}
+        tensors |= {
+            "poses": known.poses.cpu(),
+            "count": count.cpu(),
+            "plan": torch.cat([left, made[:, -1:].expand(-1, self.execute, -1)], 1).cpu(),
+        }
+        action = self.spec.action
+        chunk = model.physical(made[:, : self.execute]).flatten(1, 2).cpu()
+        chunk = chunk.clamp(torch.tensor(action.low), torch.tensor(action.high))
+        return chunk, TensorState(tensors=tensors, rows=n)

@@ -1,0 +1,274 @@
+"""Stage `video-action`: train a unified video-action model (UWM or UVA) on cached latents, with and without actions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from worldline.data.clips import strided
+from worldline.errors import DatasetError, SpecMismatch
+from worldline.tokenizers import Tokenizer
+from worldline.trainers.inputs import (
+    LatentBatches,
+    Selection,
+    claim_output,
+    data_provenance,
+    fit_normalizers,
+    load_finished_tokenizer,
+    open_datasets,
+    share,
+)
+from worldline.trainers.loop import LoopConfig, train
+from worldline.trainers.world_model import imagined_errors
+from worldline.types import Clip, WorldSpec, require_match
+from worldline.worldmodels.video_action import INVERSE, POLICY, TrunkConfig, VideoActionConfig, VideoActionModel
+from worldline.worldmodels.video_action.config import VIDEO_ONLY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainVideoAction:
+    """Train one network that is a policy, a world model, an inverse model and a video generator.
+
+    Example: worldline train video-action --data data/drawer --tokenizer runs/tok --preset tiny --out runs/va
+    UVA in two stages: the same with --model.design uva --stage video --out runs/video, then with --init-from runs/video.
+    """
+
+    data: tuple[Path, ...]
+    """Dataset folders; several are mixed by their number of frames. Episodes that are video alone (`record --without-actions`) are
+    learned as such."""
+    tokenizer: Path
+    """Folder of a trained tokenizer. A copy is saved beside the model."""
+    out: Path
+    """Folder for the checkpoint. A run that was interrupted goes on there."""
+    video: tuple[Path, ...] = ()
+    """More dataset folders, whose actions are not looked at even if there are some."""
+    stride: int = 1
+    """Dataset frames per frame of the model; action blocks grow with it."""
+    starts: float = 0.2
+    """Share of clips that begin where their episode does."""
+    stage: Literal["joint", "video"] = "joint"
+    """video: nothing is asked for but video, and no action is looked at (UVA's first stage)."""
+    demonstrations: Literal["success", "all"] = "all"
+    """success: of episodes that failed only the video is learned. Acting is imitated as recorded, so failures would be too."""
+    model: VideoActionConfig = field(default_factory=VideoActionConfig)
+    init_from: Path | None = None
+    """Start from the weights of another model of the same spec and sizes; its normalisation is kept."""
+    max_episodes: int | None = None
+    """Use only the first so many training episodes of each dataset."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.starts <= 1:
+            raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
+        if self.max_episodes is not None and self.max_episodes < 1:
+            raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}")
+
+
+def _model(width: int, depth: int, heads: int, **more: Any) -> VideoActionConfig:
+    return VideoActionConfig(trunk=TrunkConfig(width=width, depth=depth, heads=heads), **more)
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": (
+        "1M weights, 2M with --model.design uva; half an hour on a 2-core CPU",
+        {
+            "model": _model(128, 4, 4),
+            "loop": LoopConfig(
+                steps=4000, batch_size=16, lr=1.5e-3, optimizer="muon", muon_lr=3e-3, ema=0.995, cooldown=0.4
+            ),
+        },
+    ),
+    "small": (
+        "30M weights; a night on one consumer GPU",
+        {"model": _model(512, 8, 8), "loop": LoopConfig(steps=60_000, batch_size=64, lr=4e-4, ema=0.9995)},
+    ),
+    "base": (
+        "about 300M weights, three views of 192x320; days on one data-centre GPU",
+        {
+            "model": _model(1024, 16, 16, head_width=1024, head_depth=6),
+            "loop": LoopConfig(steps=200_000, batch_size=64, lr=2e-4, ema=0.9999),
+        },
+    ),
+}
+
+
+class _Batches:
+    """Clips, and which rows' actions are known."""
+
+    def __init__(self, batches: LatentBatches, blind: Sequence[bool]) -> None:
+        self.batches, self.blind = batches, torch.tensor(list(blind))
+        self.spec = batches.spec
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor]:
+        clip = self.batches.batch(seed, step, size)
+        counts = torch.tensor(share(self.batches.selections, seed, step, size))
+        blind = self.blind.repeat_interleave(counts)
+        return clip, torch.isfinite(clip.actions).all(3).all(2).all(1) & ~blind
+
+
+class _VideoActionStage:
+    name = "video-action"
+
+    def __init__(self, model: VideoActionModel, batches: _Batches, held_out: _Batches, tokenizer: Tokenizer) -> None:
+        self.model, self.batches, self.held_out, self.tokenizer = model, batches, held_out, tokenizer
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor]:
+        return self.batches.batch(seed, step, size)
+
+    def loss(
+        self, model: Any, batch: tuple[Clip, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        clip, acted = batch
+        return model.loss(clip, generator, acted=acted)
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """On held-out clips with actions: error of imagined frames against copying, of shuffled actions against true ones, and of the
+        blocks that policy and inverse query find against the mean block (1: knows nothing)."""
+        clip, acted = self.held_out.batch(0, 0, 16)
+        rows = acted.nonzero().flatten()
+        if not len(rows):
+            return {}
+        clip = _rows(clip, rows)
+        h = model.config.history
+        seen = replace(
+            clip,
+            frames={c: z[:, :h] for c, z in clip.frames.items()},
+            poses=clip.poses[:, :h],
+            actions=clip.actions[:, : h - 1],
+        )
+        truth, seeds = clip.actions[:, h - 1 :], torch.arange(len(rows))
+        spread = (truth - truth.mean((0, 1, 2))).square().mean()
+        coming = {c: z[:, h:] for c, z in clip.frames.items()}
+        found = {
+            "policy_error": model.sample(seen, POLICY, seeds=seeds).actions,
+            "inverse_error": model.sample(seen, INVERSE, seeds=seeds, frames=coming).actions,
+        }
+        errors = {
+            name: float((x.cpu() - truth).square().mean() / spread.clamp(min=1e-9)) for name, x in found.items()
+        }
+        return imagined_errors(model.with_sampling(chunk=1), clip) | errors
+
+    def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
+        model.save_pretrained(folder, provenance=provenance)
+        if not (folder / "tokenizer" / "config.json").is_file():
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _rows(clip: Clip, rows: Tensor) -> Clip:
+    return Clip(
+        frames={c: z[rows] for c, z in clip.frames.items()},
+        poses=clip.poses[rows],
+        actions=clip.actions[rows],
+        instruction=tuple(clip.instruction[int(i)] for i in rows) if clip.instruction else (),
+    )
+
+
+def _parts(config: TrainVideoAction, split: str, cameras: list[str]) -> tuple[list[Selection], list[bool]]:
+    """The selections of a split, and whether each one's actions are not looked at."""
+    options: dict[str, Any] = {"cameras": cameras, "max_episodes": config.max_episodes if split == "train" else None}
+    chosen = open_datasets((*config.data, *config.video), split, **options)
+    parts, blind = [], []
+    for i, s in enumerate(chosen):
+        alone = config.stage == "video" or i >= len(config.data)
+        if alone or config.demonstrations == "all":
+            parts.append(s)
+            blind.append(alone)
+            continue
+        won = [n for n in s.episodes if s.dataset.episode(n).success]
+        for episodes, unseen in ((won, False), ([n for n in s.episodes if n not in won], True)):
+            if episodes:
+                parts.append(replace(s, episodes=tuple(episodes)))
+                blind.append(unseen)
+    return parts, blind
+
+
+def _datasets(selections: Sequence[Selection]) -> list[Selection]:
+    """One selection a dataset: those of one dataset may be several."""
+    return list({s.dataset.root: s for s in selections}.values())
+
+
+def _acting(selections: Sequence[Selection]) -> list[Selection]:
+    """What is known of actions: these datasets without the episodes that are video alone."""
+    kept = [replace(s, episodes=tuple(i for i in s.episodes if s.dataset.acts(i))) for s in selections]
+    return [s for s in kept if s.episodes]
+
+
+def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
+    """Train and save. Returns the checkpoint folder. Raises `DatasetError` if no episode has actions."""
+    tokenizer = load_finished_tokenizer(config.tokenizer)
+    cameras = [c.name for c in tokenizer.cameras]
+    training, blind = _parts(config, "train", cameras)
+    held_out, held_out_blind = _parts(config, "held-out", cameras)
+    settings = replace(config.model, shares=VIDEO_ONLY) if config.stage == "video" else config.model
+    model = None if config.init_from is None else _trained(config, settings, tokenizer, training[0].dataset.spec)
+    claim_output(
+        config.out,
+        "video-action",
+        config,
+        identity=(
+            *("data", "video", "tokenizer", "stride", "starts", "stage", "demonstrations"),
+            *("model", "init_from", "max_episodes"),
+        ),
+        made_from={"tokenizer's weights": tokenizer.fingerprint},
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {
+        "frames": settings.history + settings.horizon,
+        "stride": config.stride,
+        "device": device,
+        "progress": progress,
+    }
+    batches = _Batches(LatentBatches(training, tokenizer, starts=config.starts, **options), blind)
+    if model is None:
+        acting = _acting([s for s, unseen in zip(training, blind) if config.stage == "video" or not unseen])
+        if not acting:
+            raise DatasetError(
+                f"{', '.join(map(str, config.data))}: some episodes with actions required, got video alone. Give it after --video, and "
+                "data with actions after --data: actions are normalised by them."
+            )
+        torch.manual_seed(config.loop.seed)
+        actions, poses = fit_normalizers(acting)
+        model = VideoActionModel(settings, batches.spec, action_normalizer=actions, pose_normalizer=poses)
+    stage = _VideoActionStage(
+        model, batches, _Batches(LatentBatches(held_out, tokenizer, **options), held_out_blind), tokenizer
+    )
+    provenance = {
+        **data_provenance(_datasets(training), config.out, init_from=config.init_from),
+        "tokenizer": tokenizer.fingerprint,
+        "init_from": str(config.init_from) if config.init_from else None,
+        "weights": sum(p.numel() for p in model.parameters()),
+    }
+    return train(stage, config.loop, config.out, provenance=provenance, progress=progress)
+
+
+def _trained(
+    config: TrainVideoAction, settings: VideoActionConfig, tokenizer: Tokenizer, data: WorldSpec
+) -> VideoActionModel:
+    """The model to go on from, with the settings of `config` for all but its sizes. Raises `SpecMismatch` if they differ, or if it was
+    trained with another tokenizer or on data of another kind."""
+    folder = config.init_from
+    assert folder is not None
+    model = VideoActionModel.from_pretrained(folder)
+    if model.latent_spec != tokenizer.latent_spec:
+        raise SpecMismatch(
+            f"--init-from {folder}: the tokenizer it was trained with is required ({model.latent_spec.fingerprint}), got "
+            f"{tokenizer.fingerprint} in {config.tokenizer}. Its folder keeps its own in tokenizer/: use --tokenizer {folder}/tokenizer."
+        )
+    fields = ("cameras", "fps", "control_steps", "action", "pose_names")
+    require_match(strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields)
+    sizes = ("design", "trunk", "history", "horizon", "text", "head_width", "head_depth")
+    if different := [
+        f"  model.{name}: {getattr(model.config, name)!r} required, got {getattr(settings, name)!r}"
+        for name in sizes
+        if getattr(model.config, name) != getattr(settings, name)
+    ]:
+        raise SpecMismatch(f"--init-from {folder}: a model of the same sizes is required:\n" + "\n".join(different))
+    other = VideoActionModel(
+        settings, model.spec, action_normalizer=model.action_normalizer, pose_normalizer=model.pose_normalizer
+    )
+    other.load_state_dict(model.state_dict())
+    return other

@@ -46,8 +46,9 @@ class TokenHead(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor, latent: Tensor, base: Tensor) -> Tensor:
         """The clean tokens "m size" of `x` at `level` "m", from latents "m d"."""
-        h = self.into(torch.cat([x, base], -1))
-        vector = F.silu(self.level(level) + self.condition(latent))
+        condition = self.condition(latent)
+        h = self.into(torch.cat([x * (1 - level)[:, None], base], -1)) + condition  # pure noise is turned down to nothing
+        vector = F.silu(self.level(level) + condition)
         for modulation, layer in zip(self.modulations, self.layers):
             shift, scale, gate = modulation(vector).chunk(3, -1)
             h = h + gate * layer(modulated(h, shift, scale))

@@ -1,0 +1,97 @@
+"""The stage of unified video-action models: what it learns with and without actions, and that it goes on as if never stopped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers.test_stages import facts, loop
+from tests.trainers.toy import write_dots
+from worldline import checkpoint
+from worldline.data import LeRobotDataset
+from worldline.errors import WorldlineError
+from worldline.trainers import video_action
+from worldline.trainers.inputs import open_datasets
+from worldline.worldmodels.video_action import TrunkConfig, VideoActionConfig
+
+MODEL = {"trunk": TrunkConfig(width=48, depth=2, heads=4, patch=1, registers=2), "horizon": 3, "head_width": 48, "head_depth": 2}
+
+
+def config(dots: Path, patches: Path, out: Path, *, design: str = "uwm", steps: int = 4, **options) -> video_action.TrainVideoAction:
+    settings = {"lr": 2e-3, "batch_size": 8} | options.pop("loop", {})
+    model = VideoActionConfig(design=design, **MODEL | options.pop("model", {}))
+    return video_action.TrainVideoAction(
+        data=(dots,), tokenizer=patches, out=out, model=model, loop=loop(steps, **settings), **options
+    )
+
+
+def test_it_learns_to_act_from_the_episodes_that_succeeded(dots, patches, tmp_path):
+    """The dots' experts walk right; what failed is learned as video alone."""
+    out = tmp_path / "run"
+    shares = {"policy": 0.7, "forward": 0.3}
+    video_action.run(
+        config(
+            dots, patches, out, design="uva", steps=160, demonstrations="success", model={"shares": shares},
+            loop={"batch_size": 32},
+        ),
+        progress=False,
+    )
+    found = facts(out, "world-model")
+    assert found["policy_error"] < 0.7 and found["error_vs_copy"] < 0.8 and found["shuffled_vs_true"] > 1.1
+
+
+def test_failures_and_video_are_not_acted_on(dots, patches, tmp_path):
+    settings = config(dots, patches, tmp_path / "run", demonstrations="success", video=(write_dots(tmp_path / "more"),))
+    parts, blind = video_action._parts(settings, "train", ["top"])
+    dataset = LeRobotDataset(dots)
+    won = [i for i in dataset.split("train") if dataset.episode(i).success]
+    assert blind == [False, True, True] and list(parts[0].episodes) == won
+    assert sorted(parts[0].episodes + parts[1].episodes) == dataset.split("train")
+    assert {s.dataset.root for s in video_action._datasets(parts)} == {dots, tmp_path / "more"}
+    parts, blind = video_action._parts(config(dots, patches, tmp_path / "run", stage="video"), "train", ["top"])
+    assert blind == [True] and list(parts[0].episodes) == dataset.split("train")
+
+
+def test_a_batch_says_which_rows_may_be_asked_for_actions(dots, patches, tmp_path):
+    from worldline.tokenizers import load_tokenizer
+    from worldline.trainers.inputs import LatentBatches
+
+    more = write_dots(tmp_path / "more", episodes=6)
+    selections = open_datasets((dots, more), "train")
+    clips = LatentBatches(selections, load_tokenizer(patches), frames=4, stride=1, device="cpu", progress=False)
+    clip, acted = video_action._Batches(clips, [False, True]).batch(0, 3, 64)
+    of_first = torch.tensor(video_action.share(selections, 0, 3, 64))
+    assert acted.tolist() == [True] * int(of_first[0]) + [False] * int(of_first[1]) and 0 < of_first[1] < 64
+    assert len(clip.poses) == 64
+
+
+@pytest.mark.parametrize("design", ["uwm", "uva"])
+def test_interrupted_and_resumed_it_is_bit_exact(design, dots, patches, tmp_path, monkeypatch):
+    def run(out: Path, steps: int) -> None:
+        video_action.run(config(dots, patches, out, design=design, steps=steps, loop={"save_every": 3}), progress=False)
+
+    run(tmp_path / "whole", 6)
+    original = video_action.VideoActionModel.loss
+    calls = []
+
+    def stop(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(video_action.VideoActionModel, "loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", 6)
+    monkeypatch.setattr(video_action.VideoActionModel, "loss", original)
+    run(tmp_path / "parts", 6)
+    one, two = (checkpoint.read_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_model_of_other_sizes_or_data_is_not_gone_on_from(dots, patches, tmp_path):
+    video_action.run(config(dots, patches, tmp_path / "a"), progress=False)
+    with pytest.raises(WorldlineError, match=r"model\.design: 'uwm' required, got 'uva'"):
+        video_action.run(config(dots, patches, tmp_path / "b", design="uva", init_from=tmp_path / "a"), progress=False)
+    with pytest.raises(WorldlineError, match="holds a run with other settings"):
+        video_action.run(config(dots, patches, tmp_path / "a", stage="video"), progress=False)

@@ -59,9 +59,14 @@ class ChunkExecutor:
             raise PolicyError(f"execute must be a multiple of the block of {self.k} actions, got {execute}")
 
     def reset(self, n: int) -> ExecutorState:
+        return self.resumed(self.policy.reset(n))
+
+    def resumed(self, policy: Any) -> ExecutorState:
+        """From a policy's own state, with nothing left to send."""
+        n = len(policy)
         zeros = torch.zeros(n, dtype=torch.long)
         return ExecutorState(
-            policy=self.policy.reset(n),
+            policy=policy,
             queue=torch.zeros(n, self.k, self.policy.spec.action.dim),
             queued=zeros,
             asked=zeros.clone(),

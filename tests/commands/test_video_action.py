@@ -59,13 +59,12 @@ def test_imagine_asks_by_mode(va: Path, video: Path, lab: Lab, worldline: Run, t
         watch = ["imagine", "--world-model", va, "--episode", 1, "--mode", mode, "--frames", 6, "--out", out]
         said = worldline(*watch, "--data", lab.data)
         assert said.code == 0 and out.is_file(), said.err
-        assert ("R2 of actions: " in said.out) == (mode in ("policy", "inverse"))
         assert out.with_suffix(".png").is_file() == (mode in ("policy", "inverse", "joint"))
         of_video = worldline(*watch, "--data", video)
         if mode == "forward":
             assert of_video.code == 2 and "are video alone" in of_video.err
         else:
-            assert of_video.code == 0 and "R2" not in of_video.out, of_video.err
+            assert of_video.code == 0, of_video.err
     said = worldline("imagine", "--world-model", lab.wm, "--data", lab.data, "--episode", 0, "--mode", "joint", "--out",
                      tmp_path / "o.mp4")  # fmt: skip
     assert said.code == 2 and "--mode joint: a unified video-action model is required" in said.err

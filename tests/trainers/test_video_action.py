@@ -14,10 +14,17 @@ from worldline.trainers import video_action
 from worldline.trainers.inputs import open_datasets
 from worldline.worldmodels.video_action import TrunkConfig, VideoActionConfig
 
-MODEL = {"trunk": TrunkConfig(width=48, depth=2, heads=4, patch=1, registers=2), "horizon": 3, "head_width": 48, "head_depth": 2}
+MODEL = {
+    "trunk": TrunkConfig(width=48, depth=2, heads=4, patch=1, registers=2),
+    "horizon": 3,
+    "head_width": 48,
+    "head_depth": 2,
+}
 
 
-def config(dots: Path, patches: Path, out: Path, *, design: str = "uwm", steps: int = 4, **options) -> video_action.TrainVideoAction:
+def config(
+    dots: Path, patches: Path, out: Path, *, design: str = "uwm", steps: int = 4, **options
+) -> video_action.TrainVideoAction:
     settings = {"lr": 2e-3, "batch_size": 8} | options.pop("loop", {})
     model = VideoActionConfig(design=design, **MODEL | options.pop("model", {}))
     return video_action.TrainVideoAction(
@@ -31,7 +38,13 @@ def test_it_learns_to_act_from_the_episodes_that_succeeded(dots, patches, tmp_pa
     shares = {"policy": 0.7, "forward": 0.3}
     video_action.run(
         config(
-            dots, patches, out, design="uva", steps=160, demonstrations="success", model={"shares": shares},
+            dots,
+            patches,
+            out,
+            design="uva",
+            steps=160,
+            demonstrations="success",
+            model={"shares": shares},
             loop={"batch_size": 32},
         ),
         progress=False,

@@ -108,7 +108,9 @@ def test_tokens_left_out_are_as_tokens_masked(model, name, steps):
     actions = clip.actions[:, 1:3] if name == "forward" else None
     given = model.given(query, 2, frames, actions)
     both = [query, JOINT.at(F)]
-    mixed = Roles(frames=torch.cat([q.rows(1).frames for q in both]), actions=torch.cat([q.rows(1).actions for q in both]))
+    mixed = Roles(
+        frames=torch.cat([q.rows(1).frames for q in both]), actions=torch.cat([q.rows(1).actions for q in both])
+    )
     seeds, at = torch.tensor([4, 9]), torch.tensor([1, 1])
     options = {"steps": steps, "seeds": seeds, "frame": at}
     with torch.no_grad():
@@ -145,7 +147,11 @@ def test_acting_calls_no_video_head_and_runs_the_trunk_over_few_tokens():
     model, lengths, calls = scrambled(build("uva")), [], {"video": 0, "pose": 0, "action": 0}
     network = model.network
     network.trunk.register_forward_hook(lambda _m, args, _out: lengths.append(args[0].tokens.shape[1]))
-    for name, head in {"video": network.video_head["top"], "pose": network.pose_head, "action": network.action_head}.items():
+    for name, head in {
+        "video": network.video_head["top"],
+        "pose": network.pose_head,
+        "action": network.action_head,
+    }.items():
         head.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     seen, seeds = first(clip_of(2, 2), 2), torch.arange(2)
     model.sample(seen, POLICY, seeds=seeds, steps=4)
@@ -216,7 +222,9 @@ def test_what_training_knows_of_a_start_is_what_a_dream_knows(model):
     given = model.given(query, 2)
     with torch.no_grad():
         a, b = (model.network.sample(k, given, query.rows(2), **options) for k in (start, trained))
-    assert torch.allclose(a.frames["top"], b.frames["top"], atol=1e-5) and torch.allclose(a.actions, b.actions, atol=1e-5)
+    assert torch.allclose(a.frames["top"], b.frames["top"], atol=1e-5) and torch.allclose(
+        a.actions, b.actions, atol=1e-5
+    )
 
 
 def test_an_untrained_model_repeats_the_frame_that_is_now():
@@ -304,7 +312,9 @@ def test_errors_name_what_was_required_and_what_was_got(model):
     clip, seeds = clip_of(2, 2), torch.arange(2)
     with pytest.raises(SpecMismatch, match="3 given action blocks required, got 2"):
         model.sample(clip, FORWARD, seeds=seeds, actions=torch.zeros(2, 2, 2, 2))
-    with pytest.raises(SpecMismatch, match=r"blocks of 2 control steps of 2 dimensions \(dx, dy\) required, got \(2, 3\)"):
+    with pytest.raises(
+        SpecMismatch, match=r"blocks of 2 control steps of 2 dimensions \(dx, dy\) required, got \(2, 3\)"
+    ):
         model.sample(clip, FORWARD, seeds=seeds, actions=torch.zeros(2, 3, 2, 3))
     with pytest.raises(SpecMismatch, match="finite actions required, got NaN or infinity in 1 of 24"):
         actions = torch.zeros(2, 3, 2, 2)
@@ -312,7 +322,7 @@ def test_errors_name_what_was_required_and_what_was_got(model):
         model.sample(clip, FORWARD, seeds=seeds, actions=actions)
     with pytest.raises(SpecMismatch, match=r"3 given frames of each camera \['top'\] required, got none"):
         model.sample(clip, INVERSE, seeds=seeds)
-    with pytest.raises(SpecMismatch, match="3 given frames of each camera .* required, got {'top': 1}"):
+    with pytest.raises(SpecMismatch, match=r"3 given frames of each camera .* required, got {'top': 1}"):
         model.sample(clip, INVERSE, seeds=seeds, frames={"top": clip.frames["top"][:, :1]})
     with pytest.raises(SpecMismatch, match=r"cameras \['top'\] are required .* \['top'\] are missing"):
         model.sample(replace(clip, frames={}), POLICY, seeds=seeds)

@@ -1,10 +1,9 @@
 """`imagine --mode`: the other questions that a unified video-action model answers along a recorded episode.
 
-    policy, inverse   which actions? from each frame on; drawn beside those recorded, and an R2 of each dimension
-    video, joint      what may happen? the model goes on from the episode's first frame on its own (joint: and says by which actions)
+policy, inverse   which actions? from each frame on; drawn beside those recorded, and an R2 of each dimension
+video, joint      what may happen? the model goes on from the episode's first frame on its own (joint: and says by which actions)
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from worldline.types import Clip
 from worldline.worldmodels import VideoActionModel
 from worldline.worldmodels.video_action import INVERSE, JOINT, POLICY, VIDEO
 
-log = logging.getLogger(__name__)
-
 
 def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> dict[str, float]:
     """Answer `mode` along the first of the replays: write the video and, where actions are found, a plot beside it (OUT with .png).
 
-    Returns R2 of the found actions by dimension (policy, inverse), where the recorded ones are known. Raises `WorldlineError` unless the model is a unified one.
+    Returns R2 of the found actions by dimension, where the recorded ones are known. Raises `WorldlineError` unless the model is a unified
+    one.
     """
     model = dream.world_model
     if not isinstance(model, VideoActionModel):
@@ -37,30 +35,30 @@ def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> d
             "Leave --mode out to imagine what recorded actions lead to."
         )
     frames = {c: x[:1] for c, x in replays.frames.items()}
-    latents = dream.tokenizer.encode(frames)
     whole = Clip(
-        frames=latents, poses=replays.poses[:1], actions=replays.actions[:1], instruction=replays.instruction[:1]
+        frames=dream.tokenizer.encode(frames),
+        poses=replays.poses[:1],
+        actions=replays.actions[:1],
+        instruction=replays.instruction[:1],
     )
-    real = {c: x[0] for c, x in frames.items()}
+    columns = {"real": {c: x[0] for c, x in frames.items()}}
     if mode in ("policy", "inverse"):
-        found = _found(model, whole, mode, seed)
-        truth = whole.actions[0, : len(found)].flatten(0, 1).numpy()
-        names = dream.spec.action.names
-        action_curves(truth, found.flatten(0, 1).numpy(), names=names, label=mode).savefig(out.with_suffix(".png"))
-        write_mp4(out, video_grid({"real": real}), dream.spec.fps)
-        if not np.isfinite(truth).all():  # video alone
-            return {}
-        missed = ((found.flatten(0, 1).numpy() - truth) ** 2).mean(0)
-        return {name: float(1 - m / max(v, 1e-12)) for name, m, v in zip(names, missed, np.var(truth, axis=0))}
-    made, actions = _dreamt(model, whole, mode, seed)
-    shown = {c: torch.cat([frames[c][:, :1], x], 1)[0] for c, x in dream.tokenizer.decode(made).items()}
-    write_mp4(out, video_grid({"real": real, f"imagined ({mode})": shown}), dream.spec.fps)
-    if mode == "joint":
-        count = actions.shape[1]
-        truth = whole.actions[0, :count].flatten(0, 1).numpy()
-        figure = action_curves(truth, actions[0].flatten(0, 1).numpy(), names=dream.spec.action.names, label=mode)
-        figure.savefig(out.with_suffix(".png"))
-    return {}
+        actions: Tensor | None = _found(model, whole, mode, seed)
+    else:
+        made, actions = _dreamt(model, whole, mode, seed)
+        dreamt = dream.tokenizer.decode(made)
+        columns[f"imagined ({mode})"] = {c: torch.cat([frames[c][:, :1], x], 1)[0] for c, x in dreamt.items()}
+    write_mp4(out, video_grid(columns), dream.spec.fps)
+    if actions is None:
+        return {}
+    found, truth = actions.flatten(0, 1).numpy(), whole.actions[0, : len(actions)].flatten(0, 1).numpy()
+    names, r2 = dream.spec.action.names, {}
+    if np.isfinite(truth).all() and mode in ("policy", "inverse"):  # video alone has no actions
+        missed = np.square(found - truth).mean(0) / np.maximum(np.var(truth, axis=0), 1e-12)
+        r2 = {name: float(1 - m) for name, m in zip(names, missed)}
+    titles = [f"{name}, R² {r2[name]:.2f}" if name in r2 else name for name in names]
+    action_curves(truth, found, names=titles, label=mode).savefig(out.with_suffix(".png"))
+    return r2
 
 
 def _seen(whole: Clip, last: int, history: int) -> Clip:
@@ -87,8 +85,8 @@ def _found(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> Tensor
     return torch.stack(blocks).cpu()
 
 
-def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Latents and blocks of as many frames as the episode has, a horizon at a time from the frames imagined so far."""
+def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
+    """Latents (joint: and blocks "t k a") of as many frames as the episode has, a horizon at a time from the frames imagined so far."""
     seen, t, horizon = _seen(whole, 0, 1), whole.poses.shape[1], model.config.horizon
     latents: dict[str, list[Tensor]] = {c: [] for c in whole.frames}
     actions: list[Tensor] = []
@@ -106,4 +104,5 @@ def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple
             actions=torch.zeros(1, keep - 1, k, a),
             instruction=whole.instruction,
         )
-    return {c: torch.cat(z, 1)[:, : t - 1] for c, z in latents.items()}, torch.cat(actions, 1)[:, : t - 1]
+    whole_video = {c: torch.cat(z, 1)[:, : t - 1] for c, z in latents.items()}
+    return whole_video, torch.cat(actions, 1)[0, : t - 1] if mode == "joint" else None

@@ -94,9 +94,7 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
             )
         starts = replace(starts, instruction=(config.instruction,))
     if config.mode != "forward":
-        found = ask(dream, replace(replays, instruction=starts.instruction), config.mode, config.out, seed=config.seed)
-        if found:
-            print("R2 of actions: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        ask(dream, replace(replays, instruction=starts.instruction), config.mode, config.out, seed=config.seed)
         return config.out
     made = rollout(
         dream,

@@ -73,9 +73,7 @@ class BestOfN:
         chosen = torch.where(best.values > liked[0], best.indices, 0) * n + torch.arange(n)
         return chunks[chosen], held.index(chosen)
 
-    def _outcomes(
-        self, observation: Observation, policy: Any, chunks: Tensor, seeds: Tensor
-    ) -> Float[Tensor, " m"]:
+    def _outcomes(self, observation: Observation, policy: Any, chunks: Tensor, seeds: Tensor) -> Float[Tensor, " m"]:
         """Success probability at the end of every candidate. `seeds` are alike for candidates of one row."""
         k = self.spec.control_steps
         state, scoring = self.dream.start(observation, seeds=seeds), self.scorer.reset(len(seeds))

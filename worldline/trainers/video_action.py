@@ -147,9 +147,7 @@ class _VideoActionStage:
             "policy_error": model.sample(seen, POLICY, seeds=seeds).actions,
             "inverse_error": model.sample(seen, INVERSE, seeds=seeds, frames=coming).actions,
         }
-        errors = {
-            name: float((x.cpu() - truth).square().mean() / spread.clamp(min=1e-9)) for name, x in found.items()
-        }
+        errors = {name: float((x.cpu() - truth).square().mean() / spread.clamp(min=1e-9)) for name, x in found.items()}
         return imagined_errors(model.with_sampling(chunk=1), clip) | errors
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
@@ -259,7 +257,9 @@ def _trained(
             f"{tokenizer.fingerprint} in {config.tokenizer}. Its folder keeps its own in tokenizer/: use --tokenizer {folder}/tokenizer."
         )
     fields = ("cameras", "fps", "control_steps", "action", "pose_names")
-    require_match(strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields)
+    require_match(
+        strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields
+    )
     sizes = ("design", "trunk", "history", "horizon", "text", "head_width", "head_depth")
     if different := [
         f"  model.{name}: {getattr(model.config, name)!r} required, got {getattr(settings, name)!r}"

@@ -76,9 +76,7 @@ class VideoActionConfig:
         if unknown := sorted(set(self.shares) - set(QUERIES)):
             raise ValueError(f"shares: some of {', '.join(QUERIES)} required, got {', '.join(unknown)}")
         if not self.shares or min(self.shares.values()) < 0 or sum(self.shares.values()) <= 0:
-            raise ValueError(
-                f"shares: numbers of at least 0, one above, required, got {dict(self.shares)}"
-            )
+            raise ValueError(f"shares: numbers of at least 0, one above, required, got {dict(self.shares)}")
         low, high = self.masked
         if not 0 < low <= high <= 1:
             raise ValueError(f"masked: 0 < low <= high <= 1 required, got {self.masked}")

@@ -24,7 +24,7 @@ from worldline.worldmodels.autoregressive import body_of
 from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
-from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles
+from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles, video_alone
 from worldline.worldmodels.video_action.tokens import Future, Known
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
 from worldline.worldmodels.video_action.uwm import UnifiedWorld
@@ -163,7 +163,7 @@ class VideoActionModel(nn.Module):
         )
         roles = draw_roles(config.shares, n, f, generator, sparse=config.targets == "end")
         if acted is not None:
-            roles = _without_actions(roles, acted, config)
+            roles = video_alone(roles, acted, sparse=config.targets == "end")
         found = self._errors(known, truth, roles.to(self.device), generator)
         return found.loss(config)
 
@@ -173,9 +173,7 @@ class VideoActionModel(nn.Module):
         parts = []
         for rows in (with_frames.nonzero().flatten(), (~with_frames).nonzero().flatten()):
             if len(rows):
-                parts.append(
-                    self.network.errors(known.index(rows), truth.index(rows), roles.index(rows), generator)
-                )
+                parts.append(self.network.errors(known.index(rows), truth.index(rows), roles.index(rows), generator))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _noisy(self, known: Known, generator: torch.Generator | None) -> Known:
@@ -224,9 +222,7 @@ class VideoActionModel(nn.Module):
 
     def physical(self, blocks: Tensor) -> Tensor:
         """Normalised blocks "n g k*a" as actions "n g k a"."""
-        return self.action_normalizer.denormalize(
-            blocks.unflatten(2, (self.spec.control_steps, self.spec.action.dim))
-        )
+        return self.action_normalizer.denormalize(blocks.unflatten(2, (self.spec.control_steps, self.spec.action.dim)))
 
     def answer(
         self,
@@ -264,7 +260,9 @@ class VideoActionModel(nn.Module):
         got = {c: x.shape[1] for c, x in (frames or {}).items()}
         if places or got:
             if set(got) != set(found) or set(got.values()) != {len(places)}:
-                raise SpecMismatch(f"{len(places)} given frames of each camera {sorted(found)} required, got {got or 'none'}")
+                raise SpecMismatch(
+                    f"{len(places)} given frames of each camera {sorted(found)} required, got {got or 'none'}"
+                )
             assert frames is not None
             white = whiten({c: frames[c].to(self.device, torch.float32) for c in found}, spec)
             for c, x in found.items():
@@ -326,9 +324,7 @@ class VideoActionModel(nn.Module):
         latents = unwhiten({c: torch.cat(x, 1) for c, x in frames.items()}, self.latent_spec)
         return state, Imagination(latents=latents, poses=self.pose_normalizer.denormalize(torch.cat(poses, 1)))
 
-    def _after(
-        self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor
-    ) -> TensorState:
+    def _after(self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor) -> TensorState:
         h, made = self.config.history, poses.shape[1]
         grown = replace(
             known,
@@ -390,15 +386,3 @@ class VideoActionModel(nn.Module):
 def _led(x: Tensor, before: int) -> Tensor:
     """ "n t ..." with so many zero frames before."""
     return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x], 1) if before else x
-
-
-def _without_actions(roles: Roles, acted: Tensor, config: VideoActionConfig) -> Roles:
-    """Rows whose actions are unknown: all of their frames are asked for, as the video query does."""
-    whole = VIDEO.at(config.horizon).rows(len(acted))
-    frames = whole.frames
-    if config.targets == "end":
-        frames = frames.masked_fill(torch.arange(config.horizon) != config.horizon - 1, Role.ABSENT)
-    keep = acted.cpu()[:, None]
-    return Roles(
-        frames=torch.where(keep, roles.frames, frames), actions=torch.where(keep, roles.actions, whole.actions)
-    )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -127,3 +127,16 @@ def draw_roles(
     if sparse:
         frames = frames.masked_fill(torch.arange(horizon)[None] != counts[:, None] - 1, Role.ABSENT)
     return Roles(frames=frames, actions=actions)
+
+
+def video_alone(roles: Roles, acted: Bool[Tensor, " n"], *, sparse: bool = False) -> Roles:
+    """Rows whose actions are not known (`acted` False) are asked the video query instead."""
+    horizon = roles.frames.shape[1]
+    whole = VIDEO.at(horizon).rows(len(acted))
+    frames = whole.frames
+    if sparse:
+        frames = frames.masked_fill(torch.arange(horizon) != horizon - 1, Role.ABSENT)
+    keep = acted.cpu()[:, None]
+    return Roles(
+        frames=torch.where(keep, roles.frames, frames), actions=torch.where(keep, roles.actions, whole.actions)
+    )

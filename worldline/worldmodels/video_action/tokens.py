@@ -223,7 +223,9 @@ class Tokens(nn.Module):
     def split(self, sequence: Sequence, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The trunk's tokens of the frames that have some, "n f s d" a camera and "n f d" of poses, and of blocks "n f d"."""
         count = len(sequence.frames) * self.frame_size
-        frames = tokens[:, sequence.begin : sequence.begin + count].unflatten(1, (-1, self.frame_size)) if count else None
+        frames = (
+            tokens[:, sequence.begin : sequence.begin + count].unflatten(1, (-1, self.frame_size)) if count else None
+        )
         begin = sequence.begin + count
         actions = tokens[:, begin : begin + len(sequence.actions)]
         if frames is None:

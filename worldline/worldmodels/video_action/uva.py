@@ -47,7 +47,9 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor, level: Tensor, latent: Tensor, base: Tensor) -> Tensor:
         """The clean tokens "m size" of `x` at `level` "m", from latents "m d"."""
         condition = self.condition(latent)
-        h = self.into(torch.cat([x * (1 - level)[:, None], base], -1)) + condition  # pure noise is turned down to nothing
+        h = (
+            self.into(torch.cat([x * (1 - level)[:, None], base], -1)) + condition
+        )  # pure noise is turned down to nothing
         vector = F.silu(self.level(level) + condition)
         for modulation, layer in zip(self.modulations, self.layers):
             shift, scale, gate = modulation(vector).chunk(3, -1)
@@ -162,9 +164,7 @@ class UnifiedVideoAction(nn.Module):
             if self.pose_head is not None:
                 target = truth.poses[:, found.frames]
                 base = pose[:, None].expand_as(target)
-                missed = self._missed(
-                    self.pose_head, target, found.poses, base, config.frame_levels, frames, generator
-                )
+                missed = self._missed(self.pose_head, target, found.poses, base, config.frame_levels, frames, generator)
                 total["poses"] = missed
         blocks = (roles.actions == Role.DENOISED)[:, found.blocks]
         target = truth.actions[:, found.blocks]
@@ -220,8 +220,9 @@ class UnifiedVideoAction(nn.Module):
         rounds = self.config.decode_rounds if asks else 1
         order = row_noise(seeds, frame, 0, (s,), stream=99).argsort(1).argsort(1) if rounds > 1 else None
         made, revealed = given, None
+        found = self.latent(known, made, roles)
         for i in range(rounds):
-            found = self.latent(known, made, roles, revealed)
+            found = self.latent(known, made, roles, revealed) if i else found
             if asks:
                 fresh = given.pick(roles, self._decoded(known, found, noise, levels))
                 made = fresh if revealed is None else self._keep(made, fresh, revealed)

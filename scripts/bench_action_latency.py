@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from bench_train import synchronise
+from bench_train import gflop, synchronise
 from result_tables import row, table
 from torch import nn
 
@@ -83,7 +83,7 @@ def build(design: str, config: Bench, device: str) -> VideoActionPolicy:
         action_normalizer=RobustNormalizer(low=(-1.0,) * 4, high=(1.0,) * 4),
         pose_normalizer=RobustNormalizer(low=(0.0,) * 4, high=(1.0,) * 4),
     )
-    return VideoActionPolicy(model.to(device).eval(), tokenizer.to(device))
+    return VideoActionPolicy(model.to(device).eval().requires_grad_(False), tokenizer.to(device))
 
 
 def watch(module: nn.Module, part: str, timer: Timer) -> None:
@@ -167,7 +167,11 @@ def measure(design: str, config: Bench, device: str) -> list[dict[str, Any]]:
                 without = milliseconds(
                     lambda now=now, seen=seen: now.model.sample(seen, POLICY, seeds=torch.zeros(1).long()), repeats
                 )
-                made |= {"video": video[0], "acting": without[0]}
+                ask = {"seeds": torch.zeros(1).long(), "steps": steps}
+                flops = [
+                    gflop(lambda q=q, seen=seen, ask=ask: policy.model.sample(seen, q, **ask)) for q in (POLICY, VIDEO)
+                ]
+                made |= {"video": video[0], "acting": without[0], "gflop": flops[0], "video_gflop": flops[1]}
             rows.append(made)
     rows[0]["parameters"] = sum(p.numel() for p in policy.model.parameters())
     return rows
@@ -200,6 +204,7 @@ def main(config: Bench) -> None:
             *(f"{r.get(part, 0.0):.1f}" for part in ("tokenizer", "trunk", "head")),
             f"{r['video']:.1f}" if "video" in r else "–",
             f"{r['acting'] / r['video']:.2f}" if "video" in r else "–",
+            f"{r['gflop']:.3f}, {r['video_gflop']:.3f}" if "video" in r else "–",
         )
         for r in found
     ]
@@ -209,7 +214,7 @@ def main(config: Bench) -> None:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
     sizes = ", ".join(f"{r['design']} {r['parameters'] / 1e6:.1f}M weights" for r in found if "parameters" in r)
-    head = "| design | batch | steps | ms a chunk, median | p95 | tokenizer | trunk | head | ms of a video of the same horizon, latents | acting / video |"
+    head = "| design | batch | steps | ms a chunk, median | p95 | tokenizer | trunk | head | ms of a video of the same horizon, latents | acting / video, ms | GFLOP of acting, of video |"
     print(f"{name}; preset {config.preset}: {sizes}; peak memory {memory:.0f} MB (whole process)\n")
     print(table(head, lines))
     print(f"\n{table('| cloned policy | batch | ms a chunk, median | p95 |', others(config))}")

@@ -10,8 +10,6 @@ Prints Markdown, and writes it to OUT/transitions.md.
 """
 
 import json
-import shutil
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,12 @@ import torch
 import tyro
 from make_refinement import MakeRefinement, prepare, real, train_scorer
 from result_tables import row, table
-from stages import record, train
+from stages import record, seconds_a_step, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.trainers import world_model, world_model_edm
 
 ARMS = ("transformer", "unet-two-hot", "unet-plain")
-TIMED = (4, 16)  # steps of the two short runs whose difference says what a step costs
 HORIZONS = (10, 20, 40)
 
 
@@ -57,26 +54,10 @@ def stage_of(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Any, An
     return module, kind(data=real(home), tokenizer=home / "tok", out=home / f"{arm}{seed}", model=model, loop=loop)
 
 
-def seconds_a_step(module: Any, settings: Any) -> float:
-    """CPU seconds of a training step: what two short runs differ by."""
-    took = []
-    for steps in TIMED:
-        out = settings.out.with_name(f"{settings.out.name}-timed")
-        shutil.rmtree(out, ignore_errors=True)
-        start = time.process_time()
-        module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
-        took.append(time.process_time() - start)
-        shutil.rmtree(out)
-    return (took[1] - took[0]) / (TIMED[1] - TIMED[0])
-
-
 def trained(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Path, float]:
     """The arm's folder and the CPU seconds of one of its steps."""
     module, settings = stage_of(config, arm, seed)
-    pace = settings.out.with_name(f"{settings.out.name}-pace.json")
-    if not pace.is_file():
-        pace.write_text(json.dumps(seconds_a_step(module, settings)))
-    seconds = json.loads(pace.read_text())
+    seconds = seconds_a_step(module, settings)
     steps = max(20, round(60 * config.minutes / seconds))
     return train(module, replace(settings, loop=replace(settings.loop, steps=steps))), seconds
 

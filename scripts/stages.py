@@ -1,6 +1,8 @@
 """Steps that the table-making scripts share: record once, train once, count what a training step costs."""
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from worldline.tokenizers import load_tokenizer
 from worldline.trainers.world_model import TrainWorldModel
 from worldline.types import Clip
 from worldline.worldmodels import AutoregressiveWorldModel
+
+TIMED = (4, 16)  # steps of the two short runs whose difference says what a step costs
 
 
 def record(out: Path, world: str, episodes: int, **options: Any) -> Path:
@@ -66,3 +70,19 @@ def training_gflop(config: TrainWorldModel, *, lead: int = 60, draws: int = 8) -
         for seed in range(draws)
     ]
     return sum(steps) / draws
+
+
+def seconds_a_step(module: Any, settings: Any) -> float:
+    """CPU seconds of a training step of a stage: what two short runs differ by. Timed once, and kept beside its folder."""
+    kept = settings.out.with_name(f"{settings.out.name}-pace.json")
+    if not kept.is_file():
+        took = []
+        for steps in TIMED:
+            out = settings.out.with_name(f"{settings.out.name}-timed")
+            shutil.rmtree(out, ignore_errors=True)
+            start = time.process_time()
+            module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
+            took.append(time.process_time() - start)
+            shutil.rmtree(out)
+        kept.write_text(json.dumps((took[1] - took[0]) / (TIMED[1] - TIMED[0])))
+    return json.loads(kept.read_text())

@@ -1,0 +1,264 @@
+"""Makes the unified-model tables of docs/results.md: one network for all beside models made for one thing each.
+
+    python scripts/make_video_action.py --out results-video-action
+
+One set of several Meta-World tasks: expert demonstrations, scripted attempts, and more recordings of the same tasks that are used as video alone.
+On it learn, each for the same CPU time (--minutes of one thread; a few steps are timed first): both designs of unified models, without and with
+the video alone; a cloned Gaussian and a diffusion policy; the autoregressive world model; an inverse model. Then
+
+- policies: true success in the simulator, by task, from the same starts, which no training saw;
+- forward: moved-pixel PSNR and action sensitivity on test episodes, beside the autoregressive world model (`worldline eval`);
+- inverse: R2 of the actions between test frames, beside the inverse model made for that.
+
+Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md. What takes hours
+here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from make_refinement import PERSIST, gain, rate
+from result_tables import row, table
+from stages import record, seconds_a_step, train
+
+from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.recording import cores
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of
+from worldline.commands.sampling import load_dream
+from worldline.data import LeRobotDataset
+from worldline.eval.probes import Probe
+from worldline.eval.replays import join_replays, load_replays, open_for
+from worldline.policies import load_policy
+from worldline.rl_in_imagination.success import episode_success
+from worldline.trainers import policy, probe, tokenizer, video_action, world_model
+from worldline.trainers.loop import LoopConfig
+from worldline.types import Clip
+from worldline.worldmodels import VideoActionModel
+from worldline.worldmodels.video_action import INVERSE
+
+UNIFIED = ("uwm", "uva", "uwm+video", "uva+video")
+CLONED = ("bc", "diffusion")
+HORIZONS = (5, 10, 20, 40)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeVideoAction:
+    """Record, train, judge, print the tables."""
+
+    out: Path
+    tasks: tuple[str, ...] = ("drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
+    seeds: int = 1
+    minutes: float = 20.0
+    """CPU time of training each model, on one thread."""
+    demonstrations: int = 20
+    """Of the expert, a task."""
+    attempts: int = 60
+    """Scripted episodes of all kinds, a task: what follows when things go wrong."""
+    videos: int = 100
+    """More such episodes, a task, of which no action is looked at."""
+    tests: int = 20
+    """A task, for forward and inverse."""
+    episodes: int = 100
+    """In the simulator, a task."""
+    frames: int = 41
+    tokenizer_steps: int = 1500
+
+
+def prepare(config: MakeVideoAction) -> None:
+    for task in config.tasks:
+        world, home = f"metaworld/{task}", config.out / task
+        record(home / "demonstrations", world, config.demonstrations, policy="expert", seed=2)
+        record(home / "attempts", world, config.attempts, policy="mixed", seed=0)
+        record(home / "video", world, config.videos, policy="mixed", seed=6, without_actions=True)
+        record(home / "test", world, config.tests, policy="mixed", seed=1000)
+    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=config.tokenizer_steps)
+    train(tokenizer, tokenizer.TrainTokenizer(data=acting(config), out=config.out / "tok", loop=loop))
+
+
+def acting(config: MakeVideoAction) -> tuple[Path, ...]:
+    """What everything learns from."""
+    return tuple(config.out / task / kind for task in config.tasks for kind in ("demonstrations", "attempts"))
+
+
+def stage_of(config: MakeVideoAction, arm: str, seed: int) -> tuple[Any, Any]:
+    """The stage of an arm and its settings, their number of steps apart."""
+    out, tok = config.out / f"{arm}{seed}", config.out / "tok"
+    data: dict[str, Any] = {"data": acting(config), "out": out}
+    if arm in CLONED:
+        loop = LoopConfig(steps=1, batch_size=64, lr=1e-3, ema=0.995, seed=seed)
+        kind: Any = arm
+        return policy, policy.TrainPolicy(**data, kind=kind, demonstrations="expert", loop=loop)
+    if arm == "autoregressive":
+        preset = world_model.PRESETS["tiny"][1]
+        settings = replace(preset["model"], text="hashed")
+        loop = replace(preset["loop"], seed=seed)
+        return world_model, world_model.TrainWorldModel(**data, tokenizer=tok, model=settings, loop=loop)
+    if arm == "inverse":
+        loop = LoopConfig(steps=1, batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+        return probe, probe.TrainProbe(**data, target="action", tokenizer=tok, loop=loop)
+    preset = video_action.PRESETS["tiny"][1]
+    settings = replace(preset["model"], design=arm.partition("+")[0], text="hashed")
+    more = tuple(config.out / task / "video" for task in config.tasks) if arm.endswith("+video") else ()
+    loop = replace(preset["loop"], seed=seed)
+    return video_action, video_action.TrainVideoAction(
+        **data, video=more, tokenizer=tok, model=settings, demonstrations="success", loop=loop
+    )
+
+
+def trained(config: MakeVideoAction, arm: str, seed: int) -> Path:
+    module, settings = stage_of(config, arm, seed)
+    steps = max(20, round(60 * config.minutes / seconds_a_step(module, settings)))
+    return train(module, replace(settings, loop=replace(settings.loop, steps=steps)))
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def successes(config: MakeVideoAction, folder: Path, seed: int) -> dict[str, np.ndarray]:
+    """Task -> true success of episodes, the same starts for every policy."""
+    found = {}
+    for task in config.tasks:
+        spec = LeRobotDataset(config.out / task / "demonstrations").spec
+        settings = TruthSettings(
+            world=f"metaworld/{task}",
+            spec=spec,
+            episodes=config.episodes,
+            starts=config.episodes,
+            horizon=(config.frames - 1) * spec.control_steps,
+            frames=config.frames,
+            seed=70 + seed,
+            processes=cores(),
+        )
+        acts = load_policy(str(folder), spec=spec)
+        with Truth(settings, Kept(config.out / "truth")) as truth:
+            frames = truth.frame_success(identity_of(str(folder), acts), acts, progress=f"{folder.name} {task}")
+        found[task] = episode_success(frames, persist=PERSIST).numpy()
+    return found
+
+
+def policy_table(config: MakeVideoAction, seed: int) -> str:
+    won = {arm: successes(config, trained(config, arm, seed), seed) for arm in (*CLONED, *UNIFIED)}
+    rows = []
+    for arm, by_task in won.items():
+        every = np.concatenate(list(by_task.values()))
+        others = [np.concatenate(list(won[base].values())) for base in CLONED]
+        less = np.concatenate(list(won[arm.removesuffix("+video")].values()))
+        rows.append(
+            row(
+                f"{arm}, {seed}",
+                *(rate(by_task[task]) for task in config.tasks),
+                rate(every),
+                *(gain(every, other) for other in others),
+                gain(every, less) if arm.endswith("+video") else "–",
+            )
+        )
+    head = f"| policy, seed | {' | '.join(config.tasks)} | all | - bc | - diffusion | - without the video |"
+    return table(head, rows)
+
+
+# --- forward and inverse ----------------------------------------------------------------------------------------------
+
+
+def forward_table(config: MakeVideoAction, seed: int) -> str:
+    found = {}
+    for arm in ("autoregressive", *UNIFIED):
+        out = config.out / f"eval-{arm}{seed}"
+        if not (out / "report.json").is_file():
+            data = tuple(config.out / task / "test" for task in config.tasks)
+            folder = trained(config, arm, seed)
+            run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
+        found[arm] = json.loads((out / "report.json").read_text())["results"]
+    rows = []
+    for arm, results in found.items():
+        at = {(h["predictor"], h["camera"], h["horizon"]): h["moved_psnr"] for h in results["horizons"]}
+        for camera, sensitivity in results["action_sensitivity"].items():
+            theirs = found["autoregressive"]["action_sensitivity"][camera]
+            shares = [
+                sensitivity[kind]["gap"]["gain_db"] / theirs[kind]["gap"]["gain_db"]
+                for kind in ("shuffled", "negated", "zeroed")
+            ]
+            rows.append(
+                row(
+                    f"{arm}, {seed}",
+                    camera,
+                    *(f"{at['true', camera, h]:.1f}" for h in HORIZONS if ("true", camera, h) in at),
+                    f"{at['copy-first', camera, min(20, config.frames - 1)]:.1f}"
+                    if ("copy-first", camera, min(20, config.frames - 1)) in at
+                    else "–",
+                    *(f"{sensitivity[kind]['gap']['gain_db']:+.1f}" for kind in ("shuffled", "negated", "zeroed")),
+                    f"{100 * min(shares):.0f}%",
+                )
+            )
+    head = (
+        f"| world model, seed | camera | {' | '.join(f'moved PSNR at {h}' for h in HORIZONS if h < config.frames)} | first frame repeated, at 20 "
+        "| over shuffled actions, dB | negated | zeroed | least share of the autoregressive model's |"
+    )
+    return table(head, rows)
+
+
+def inverse_table(config: MakeVideoAction, seed: int) -> str:
+    dream = load_dream(trained(config, "uwm", seed))
+    cameras = [c.name for c in dream.spec.cameras]
+    parts = []
+    for task in config.tasks:
+        dataset, stride = open_for(dream, config.out / task / "test")
+        parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride))
+    replays = join_replays(parts)
+    truth = replays.actions.flatten(0, 1).mean(1).numpy()  # the mean action of a block: what a probe reads
+    read = {}
+    for arm in UNIFIED:
+        model = VideoActionModel.from_pretrained(trained(config, arm, seed))
+        latents = dream.tokenizer.encode(replays.frames)
+        read[arm] = blocks(model, latents, replays.poses, replays.instruction).flatten(0, 1).mean(1).numpy()
+    alone = Probe.from_pretrained(trained(config, "inverse", seed))
+    read["inverse model"] = alone.read_video(replays.frames).flatten(0, 1).numpy()
+    names = dream.spec.action.names
+    rows = [
+        row(
+            f"{name}, {seed}",
+            *(f"{1 - np.square(x[:, i] - truth[:, i]).mean() / truth[:, i].var():.2f}" for i in range(len(names))),
+        )
+        for name, x in read.items()
+    ]
+    return table(f"| inverse, seed | {' | '.join(f'R2 of {name}' for name in names)} |", rows)
+
+
+def blocks(model: VideoActionModel, latents: Any, poses: torch.Tensor, instruction: tuple[str, ...]) -> torch.Tensor:
+    """The block that leaves each frame, "n t-1 k a", by the inverse query for one coming frame."""
+    h, t, found = model.config.history, poses.shape[1], []
+    query, (k, a) = INVERSE.first(1, model.config.horizon), (model.spec.control_steps, model.spec.action.dim)
+    for i in range(t - 1):
+        begin = max(0, i + 1 - h)
+        seen = Clip(
+            frames={c: z[:, begin : i + 1] for c, z in latents.items()},
+            poses=poses[:, begin : i + 1],
+            actions=torch.zeros(len(poses), i - begin, k, a),
+            instruction=instruction,
+        )
+        coming = {c: z[:, i + 1 : i + 2] for c, z in latents.items()}
+        found.append(model.sample(seen, query, seeds=torch.arange(len(poses)), frames=coming).actions[:, 0])
+    return torch.stack(found, 1)
+
+
+def main(config: MakeVideoAction) -> None:
+    torch.set_num_threads(1)
+    prepare(config)
+    sections = [
+        f"{len(config.tasks)} tasks, {config.minutes:g} CPU minutes of one thread each; a task: {config.demonstrations} demonstrations, "
+        f"{config.attempts} attempts, {config.videos} episodes of video alone where that is said. True success of {config.episodes} "
+        "episodes a task from the same starts."
+    ]
+    for seed in range(config.seeds):
+        sections += [policy_table(config, seed), forward_table(config, seed), inverse_table(config, seed)]
+    text = "\n\n".join(sections) + "\n"
+    (config.out / "tables.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MakeVideoAction, description=__doc__))

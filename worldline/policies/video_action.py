@@ -17,6 +17,7 @@ from worldline.errors import PolicyError
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.types import Clip, Observation, TensorState, WorldSpec
 from worldline.worldmodels.video_action import POLICY, VideoActionModel
+from worldline.worldmodels.video_action.tokens import Known
 
 
 class VideoActionPolicy:
@@ -64,45 +65,39 @@ class VideoActionPolicy:
         self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n m a"], TensorState]:
         """Actions within their range."""
-        model, n, h, held = self.model, len(observation), self.model.config.history, state.tensors
+        model, n, held = self.model, len(observation), state.tensors
+        known = self._known(observation, state)
+        query = POLICY.at(model.config.horizon)
+        given = model.given(query, n)
+
+        def decide(plan: Tensor | None) -> Tensor:
+            steps, frame = model.config.solver_steps, torch.zeros(n, dtype=torch.long)
+            return model.answer(known, given, query, seeds=seeds, frame=frame, steps=steps, plan=plan).actions
+
+        begins = (held["count"] == 0).to(model.device)  # rows without a plan from before
+        warm = model.config.warm_level < 1 and not bool(begins.all())
+        made = decide(held["plan"].to(model.device) if warm else None)
+        if warm and bool(begins.any()):
+            made = torch.where(begins[:, None, None], decide(None), made)
+        left, last = made[:, self.execute :], made[:, -1:].expand(-1, self.execute, -1)
+        tensors = {f"frames/{c}": x for c, x in known.frames.items()}
+        tensors |= {"poses": known.poses, "count": known.count, "plan": torch.cat([left, last], 1)}
+        action = self.spec.action
+        chunk = model.physical(made[:, : self.execute]).flatten(1, 2).cpu()
+        chunk = chunk.clamp(torch.tensor(action.low), torch.tensor(action.high))
+        return chunk, TensorState(tensors={name: x.cpu() for name, x in tensors.items()}, rows=n)
+
+    def _known(self, observation: Observation, state: TensorState) -> Known:
+        """The frame that is now, behind those that were seen before if none was missed in between."""
+        model, n, held = self.model, len(observation), state.tensors
         latents = self.tokenizer.encode({c.name: observation.images[c.name][:, None] for c in self.spec.cameras})
         empty = torch.zeros(n, 0, self.spec.control_steps, self.spec.action.dim)
         now = model.known(
             Clip(frames=latents, poses=observation.pose[:, None], actions=empty, instruction=observation.instruction)
         )
-        follows = self.execute == 1
-        count = (held["count"] + 1).clamp(max=h) if follows else torch.ones(n, dtype=torch.long)
-        known = replace(
-            now,
-            frames={
-                c: torch.cat([held[f"frames/{c}"].to(x)[:, 1:], x[:, -1:]], 1) if h > 1 else x
-                for c, x in now.frames.items()
-            },
-            poses=torch.cat([held["poses"].to(now.poses)[:, 1:], now.poses[:, -1:]], 1),
-            count=count.to(model.device),
-        )
-        plan, levels_plan = held["plan"].to(model.device), None
-        fresh = held["count"] == 0
-        if model.config.warm_level < 1 and not bool(fresh.all()):
-            levels_plan = plan
-        query = POLICY.at(model.config.horizon)
-        options = {
-            "seeds": seeds,
-            "frame": torch.zeros(n, dtype=torch.long),
-            "steps": model.config.solver_steps,
-        }
-        made = model.answer(known, model.given(query, n), query, plan=levels_plan, **options).actions
-        if levels_plan is not None and bool(fresh.any()):  # rows that just began have no plan to begin from
-            afresh = model.answer(known, model.given(query, n), query, **options).actions
-            made = torch.where(fresh.to(made.device)[:, None, None], afresh, made)
-        left = made[:, self.execute :]
-        tensors = {f"frames/{c}": x.cpu() for c, x in known.frames.items()}
-        tensors |= {
-            "poses": known.poses.cpu(),
-            "count": count.cpu(),
-            "plan": torch.cat([left, made[:, -1:].expand(-1, self.execute, -1)], 1).cpu(),
-        }
-        action = self.spec.action
-        chunk = model.physical(made[:, : self.execute]).flatten(1, 2).cpu()
-        chunk = chunk.clamp(torch.tensor(action.low), torch.tensor(action.high))
-        return chunk, TensorState(tensors=tensors, rows=n)
+        if self.execute > 1:
+            return now
+        count = (held["count"] + 1).clamp(max=model.config.history).to(model.device)
+        frames = {c: torch.cat([held[f"frames/{c}"].to(x)[:, 1:], x[:, -1:]], 1) for c, x in now.frames.items()}
+        poses = torch.cat([held["poses"].to(now.poses)[:, 1:], now.poses[:, -1:]], 1)
+        return replace(now, frames=frames, poses=poses, count=count)

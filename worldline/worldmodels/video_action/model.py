@@ -246,6 +246,7 @@ class VideoActionModel(nn.Module):
             steps=steps,
             plan=plan,
             warm=self.config.warm_level,
+            rounds=self.config.decode_rounds,
         )
 
     def given(
@@ -352,9 +353,6 @@ class VideoActionModel(nn.Module):
         other = object.__new__(VideoActionModel)
         config = replace(self.config, **changes)
         other.__dict__ = self.__dict__ | {"config": config, "spec": replace(self.spec, chunk=config.chunk)}
-        network = object.__new__(type(self.network))
-        network.__dict__ = self.network.__dict__ | {"config": config}
-        other.__dict__["_modules"] = self.__dict__["_modules"] | {"network": network}
         return other
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:

@@ -212,12 +212,14 @@ class UnifiedVideoAction(nn.Module):
         steps: int,
         plan: Tensor | None = None,
         warm: float = 1.0,
+        rounds: int = 1,
     ) -> Future:
-        """What is asked for, given the rest: one pass of the trunk (or `decode_rounds`), `steps` of the heads. Arguments as of UWM."""
+        """What is asked for, given the rest: one pass of the trunk (or `rounds`, where a video is asked for), `steps` of the heads.
+        Arguments as of UWM."""
         noise, levels = noise_like(given, roles, seeds, frame), solver_levels(steps)
         s = self.tokens.frame_size - 1
         asks = bool((roles.frames == Role.DENOISED).any())
-        rounds = self.config.decode_rounds if asks else 1
+        rounds = rounds if asks else 1
         order = row_noise(seeds, frame, 0, (s,), stream=99).argsort(1).argsort(1) if rounds > 1 else None
         made, revealed = given, None
         found = self.latent(known, made, roles)

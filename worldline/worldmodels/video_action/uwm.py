@@ -110,12 +110,14 @@ class UnifiedWorld(nn.Module):
         steps: int,
         plan: Tensor | None = None,
         warm: float = 1.0,
+        rounds: int = 1,
     ) -> Future:
         """What is asked for, given the rest. One pass of the trunk a step.
 
         Args:
             frame: "n", the number of the current frame: noise is a function of (seed, frame).
             plan: blocks to begin from, at level `warm`, instead of pure noise.
+            rounds: passes in which a video is filled in; of UVA alone.
         """
         noise = noise_like(given, roles, seeds, frame)
         start, levels = noise, solver_levels(steps)

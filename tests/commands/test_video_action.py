@@ -9,7 +9,7 @@ from tests.commands.conftest import Lab, Run, do, record
 from tests.commands.test_all_verbs import results
 from tests.commands.test_refine import SMALL
 from worldline.data import LeRobotDataset
-from worldline.policies import VideoActionPolicy, load_policy
+from worldline.policies import SteeredPolicy, VideoActionPolicy, load_policy
 from worldline.worldmodels import VideoActionModel, load_world_model
 
 TRAIN = ["--max-steps", 3, "--loop.batch-size", 4, "--loop.warmup", 1, "--model.trunk.width", 16, "--model.trunk.depth", 1,
@@ -76,6 +76,11 @@ def test_as_a_policy(va: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None
         lab.bc, "--imagined-episodes", 2, "--frames", 4, "--videos", 0, "--out", tmp_path / "rank",
     )  # fmt: skip
     assert said.code == 0, said.err
+    out = tmp_path / "refined"
+    said = worldline("refine", "--policy", va, "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--out", out,
+                     *SMALL, "--rl.iterations", 1, "--videos", 0)  # fmt: skip
+    assert said.code == 0, said.err
+    assert isinstance(load_policy(str(out), spec=load_world_model(lab.wm)[0].spec), SteeredPolicy)
 
 
 def test_video_alone_is_refused_where_actions_are_needed(video: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:

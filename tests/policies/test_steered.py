@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from tests.oracles import SPEC
+from tests.oracles import SPEC, dot_tokenizer
 from tests.policies.dots import small_policy, starts
+from tests.worldmodels.test_video_action import build, scrambled
+from worldline.diffusion import row_noise
 from worldline.errors import PolicyError
-from worldline.policies import SteeredPolicy, load_policy
+from worldline.policies import SteeredPolicy, VideoActionPolicy, load_policy
 
 
 def steered() -> SteeredPolicy:
@@ -45,6 +47,28 @@ def test_it_is_stored_whole(tmp_path) -> None:
     assert isinstance(again, SteeredPolicy) and again.spec == SPEC
     acts = [p.act(starts(4), p.reset(4), seeds=torch.arange(4))[0] for p in (policy, again)]
     assert torch.equal(*acts)
+
+
+@pytest.mark.parametrize("design", ["uwm", "uva"])
+def test_a_unified_model_is_steered_by_its_noise_and_stored_whole(design, tmp_path) -> None:
+    base = VideoActionPolicy(scrambled(build(design, solver_steps=2)), dot_tokenizer())
+    policy, first = SteeredPolicy(base).eval(), starts(6)
+    noise = row_noise(torch.arange(6), 0, 0, (3, 4), stream=1)
+    theirs, _ = base.act(first, base.reset(6), seeds=torch.arange(6))
+    assert torch.allclose(policy.chunk(noise.flatten(1), first), theirs, atol=1e-6)
+    assert not torch.allclose(policy.chunk(1 - noise.flatten(1), first), theirs, atol=1e-3)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+    (-policy.distribution(first).log_prob(torch.full((6, policy.size), 2.0)).mean()).backward()
+    optimizer.step()
+    assert {k.split(".")[0] for k, v in policy.state_dict().items() if not torch.equal(v, before[k])} == {
+        "net",
+        "log_std",
+    }
+    policy.save_pretrained(tmp_path / "s")
+    again = load_policy(str(tmp_path / "s"), spec=SPEC)
+    assert isinstance(again, SteeredPolicy)
+    assert torch.equal(again.chunk(noise.flatten(1), first), policy.chunk(noise.flatten(1), first))
 
 
 def test_who_can_be_steered_and_who_has_a_density() -> None:

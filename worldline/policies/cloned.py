@@ -117,6 +117,22 @@ class ClonedPolicy(nn.Module):
         chunk = self.action_normalizer.denormalize(flat.unflatten(1, (self.config.chunk, self.spec.action.dim)))
         return chunk.clamp(self.low, self.high).cpu()
 
+    @property
+    def noise_size(self) -> int:
+        """Numbers of noise that a diffusion policy begins with."""
+        assert isinstance(self.head, DiffusionHead)
+        return self.head.size
+
+    def chunk_of_noise(self, observation: Observation, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n m a"]:
+        """The actions that a diffusion policy denoises this noise to."""
+        assert isinstance(self.head, DiffusionHead)
+        return self.emit(self.head.denoise(self.features(observation), noise))
+
+    @property
+    def chunk_length(self) -> int:
+        """Actions handed out at a time."""
+        return self.config.chunk
+
     def distribution(self, observation: Observation) -> Independent:
         """Of the choice that `chunk` makes actions of, a row each; with gradients.
 

@@ -8,11 +8,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from worldline.data.normalization import RobustNormalizer
 from worldline.errors import PolicyError
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.types import Clip, Observation, TensorState, WorldSpec
@@ -20,10 +22,11 @@ from worldline.worldmodels.video_action import POLICY, VideoActionModel
 from worldline.worldmodels.video_action.tokens import Known
 
 
-class VideoActionPolicy:
+class VideoActionPolicy(nn.Module):
     """A `Policy`. Raises `PolicyError` for a model that never learned to act (trained on video alone)."""
 
     def __init__(self, model: VideoActionModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
         if not model.config.shares.get("policy"):
             raise PolicyError(
                 "a video-action model that learned to act is required (a share of `policy` in model.shares), this one learned "
@@ -31,6 +34,7 @@ class VideoActionPolicy:
             )
         self.model, self.tokenizer = model, tokenizer
         self.spec: WorldSpec = replace(model.spec, chunk=1, latent=None)
+        self.eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VideoActionPolicy":
@@ -50,6 +54,40 @@ class VideoActionPolicy:
     def execute(self) -> int:
         """Blocks handed out at a time."""
         return self.model.config.execute or self.model.config.horizon
+
+    @property
+    def chunk_length(self) -> int:
+        """Actions handed out at a time."""
+        return self.execute * self.spec.control_steps
+
+    @property
+    def noise_size(self) -> int:
+        """Numbers of noise that a chunk begins with."""
+        return self.model.config.horizon * self.spec.control_steps * self.spec.action.dim
+
+    @property
+    def pose_normalizer(self) -> RobustNormalizer:
+        return self.model.pose_normalizer
+
+    def to_config(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its weights and its tokenizer."""
+        return self.model.to_config()
+
+    @torch.no_grad()
+    def chunk_of_noise(self, observation: Observation, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n m a"]:
+        """The actions that this noise is denoised to, of the frame that is now alone."""
+        n = len(observation)
+        known, query = self._now(observation), POLICY.at(self.model.config.horizon)
+        made = self.model.answer(
+            known,
+            self.model.given(query, n),
+            query,
+            seeds=torch.zeros(n, dtype=torch.long),
+            frame=torch.zeros(n, dtype=torch.long),
+            steps=self.model.config.solver_steps,
+            noise=noise.unflatten(1, (self.model.config.horizon, -1)).to(self.model.device),
+        )
+        return self._emit(made.actions)
 
     def reset(self, n: int) -> TensorState:
         model, h = self.model, self.model.config.history
@@ -82,22 +120,28 @@ class VideoActionPolicy:
         left, last = made[:, self.execute :], made[:, -1:].expand(-1, self.execute, -1)
         tensors = {f"frames/{c}": x for c, x in known.frames.items()}
         tensors |= {"poses": known.poses, "count": known.count, "plan": torch.cat([left, last], 1)}
+        return self._emit(made), TensorState(tensors={name: x.cpu() for name, x in tensors.items()}, rows=n)
+
+    def _emit(self, blocks: Tensor) -> Tensor:
+        """The first normalised blocks "n f k*a" as actions, within their range."""
         action = self.spec.action
-        chunk = model.physical(made[:, : self.execute]).flatten(1, 2).cpu()
-        chunk = chunk.clamp(torch.tensor(action.low), torch.tensor(action.high))
-        return chunk, TensorState(tensors={name: x.cpu() for name, x in tensors.items()}, rows=n)
+        chunk = self.model.physical(blocks[:, : self.execute]).flatten(1, 2).cpu()
+        return chunk.clamp(torch.tensor(action.low), torch.tensor(action.high))
+
+    def _now(self, observation: Observation) -> Known:
+        """The frame that is now, and nothing before it."""
+        latents = self.tokenizer.encode({c.name: observation.images[c.name][:, None] for c in self.spec.cameras})
+        empty = torch.zeros(len(observation), 0, self.spec.control_steps, self.spec.action.dim)
+        return self.model.known(
+            Clip(frames=latents, poses=observation.pose[:, None], actions=empty, instruction=observation.instruction)
+        )
 
     def _known(self, observation: Observation, state: TensorState) -> Known:
         """The frame that is now, behind those that were seen before if none was missed in between."""
-        model, n, held = self.model, len(observation), state.tensors
-        latents = self.tokenizer.encode({c.name: observation.images[c.name][:, None] for c in self.spec.cameras})
-        empty = torch.zeros(n, 0, self.spec.control_steps, self.spec.action.dim)
-        now = model.known(
-            Clip(frames=latents, poses=observation.pose[:, None], actions=empty, instruction=observation.instruction)
-        )
+        now, held = self._now(observation), state.tensors
         if self.execute > 1:
             return now
-        count = (held["count"] + 1).clamp(max=model.config.history).to(model.device)
+        count = (held["count"] + 1).clamp(max=self.model.config.history).to(self.model.device)
         frames = {c: torch.cat([held[f"frames/{c}"].to(x)[:, 1:], x[:, -1:]], 1) for c, x in now.frames.items()}
         poses = torch.cat([held["poses"].to(now.poses)[:, 1:], now.poses[:, -1:]], 1)
         return replace(now, frames=frames, poses=poses, count=count)

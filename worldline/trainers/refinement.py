@@ -27,7 +27,7 @@ from worldline.errors import WorldlineError
 from worldline.eval.intervals import wilson
 from worldline.eval.replays import Replays
 from worldline.executor import index_observation
-from worldline.policies import ClonedPolicy, SteeredPolicy, load_policy
+from worldline.policies import ClonedPolicy, SteeredPolicy, VideoActionPolicy, load_policy
 from worldline.policies.heads import DiffusionHead, GaussianHead
 from worldline.rl_in_imagination.collect import collect, require_actor
 from worldline.rl_in_imagination.doubt import Doubt
@@ -94,12 +94,16 @@ class Judges:
 
 
 def load_actor(folder: str | Path, spec: WorldSpec, *, least_std: float) -> Any:
-    """The policy to refine in a world of `spec`, as reinforcement learning moves it; a diffusion policy is steered by its noise.
+    """The policy to refine in a world of `spec`, as reinforcement learning moves it; diffusion policies and unified
+    models are steered by their noise.
 
     Raises `PolicyError` or `SpecMismatch` naming what does not fit that world.
     """
     policy: Any = load_policy(str(folder), spec=spec)
-    if isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead):
+    denoises = isinstance(policy, VideoActionPolicy) or (
+        isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead)
+    )
+    if denoises:
         policy = SteeredPolicy(policy)
     require_actor(policy, spec)
     require_match(spec, policy.spec, between=f"world model and policy {folder}")
@@ -154,7 +158,7 @@ def refine(
     state = _State(out / "training" / "state.safetensors", updater)
     iteration, history, checks = state.restore()
     spec = actor.spec
-    frames_a_chunk = cloned(actor).config.chunk // spec.control_steps
+    frames_a_chunk = cloned(actor).chunk_length // spec.control_steps
     episodes = ImaginedEpisodes(
         judges.dream,
         judges.scorer,
@@ -274,7 +278,7 @@ def real_observations(replays: Replays, most: int) -> Observation:
     )
 
 
-def cloned(actor: Any) -> ClonedPolicy:
+def cloned(actor: Any) -> ClonedPolicy | VideoActionPolicy:
     """The policy that was learned from demonstrations."""
     return actor.base if isinstance(actor, SteeredPolicy) else actor
 

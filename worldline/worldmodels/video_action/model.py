@@ -234,8 +234,10 @@ class VideoActionModel(nn.Module):
         frame: Tensor,
         steps: int,
         plan: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Future:
-        """`sample` in the network's units. `plan`: normalised blocks that denoising starts from, at `warm_level`."""
+        """`sample` in the network's units. `plan`: normalised blocks that denoising starts from, at `warm_level`. `noise`: "n f k*a",
+        that of the blocks, instead of the seeds' own."""
         roles = query.rows(len(seeds)).to(self.device)
         return self.network.sample(
             known,
@@ -245,6 +247,7 @@ class VideoActionModel(nn.Module):
             frame=frame.to(self.device),
             steps=steps,
             plan=plan,
+            noise=noise,
             warm=self.config.warm_level,
             rounds=self.config.decode_rounds,
         )
@@ -360,25 +363,26 @@ class VideoActionModel(nn.Module):
             folder,
             part="world-model",
             kind=KIND,
-            config={
-                "model": checkpoint.to_json(self.config),
-                **normalizers_to_json(self.action_normalizer, self.pose_normalizer),
-            },
+            config=self.to_config(),
             spec=self.spec,
             tensors=self.state_dict(),
             provenance=provenance or {},
         )
 
+    def to_config(self) -> dict[str, Any]:
+        """What a checkpoint says of it beside its weights."""
+        normalizers = normalizers_to_json(self.action_normalizer, self.pose_normalizer)
+        return {"model": checkpoint.to_json(self.config), **normalizers}
+
+    @classmethod
+    def from_config(cls, config: Any, spec: WorldSpec, source: str) -> "VideoActionModel":
+        """The model, untrained, that `to_config` tells of."""
+        settings = checkpoint.from_json(VideoActionConfig, config["model"], source=source)
+        return cls(settings, spec, **normalizers_from_json(config, source=source))
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VideoActionModel":
-        def build(config: Any, spec: WorldSpec, source: str) -> "VideoActionModel":
-            return cls(
-                checkpoint.from_json(VideoActionConfig, config["model"], source=source),
-                spec,
-                **normalizers_from_json(config, source=source),
-            )
-
-        return checkpoint.load_part(folder, part="world-model", kind=KIND, build=build)
+        return checkpoint.load_part(folder, part="world-model", kind=KIND, build=cls.from_config)
 
 
 def _led(x: Tensor, before: int) -> Tensor:

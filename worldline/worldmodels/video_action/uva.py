@@ -211,12 +211,13 @@ class UnifiedVideoAction(nn.Module):
         frame: Tensor,
         steps: int,
         plan: Tensor | None = None,
+        noise: Tensor | None = None,
         warm: float = 1.0,
         rounds: int = 1,
     ) -> Future:
         """What is asked for, given the rest: one pass of the trunk (or `rounds`, where a video is asked for), `steps` of the heads.
         Arguments as of UWM."""
-        noise, levels = noise_like(given, roles, seeds, frame), solver_levels(steps)
+        start, levels = noise_like(given, roles, seeds, frame, noise), solver_levels(steps)
         s = self.tokens.frame_size - 1
         asks = bool((roles.frames == Role.DENOISED).any())
         rounds = rounds if asks else 1
@@ -226,13 +227,13 @@ class UnifiedVideoAction(nn.Module):
         for i in range(rounds):
             found = self.latent(known, made, roles, revealed) if i else found
             if asks:
-                fresh = given.pick(roles, self._decoded(known, found, noise, levels))
+                fresh = given.pick(roles, self._decoded(known, found, start, levels))
                 made = fresh if revealed is None else self._keep(made, fresh, revealed)
             if order is not None:  # MAR's cosine schedule: few places first, many at the end
                 revealed = order < math.ceil(s * (1 - math.cos(math.pi / 2 * (i + 1) / rounds)))
         actions = made.actions
         if bool((roles.actions == Role.DENOISED).any()):
-            actions = self._acted(found, noise, levels, plan, warm, actions)
+            actions = self._acted(found, start, levels, plan, warm, actions)
         return given.pick(roles, Future(frames=made.frames, poses=made.poses, actions=actions))
 
     def _keep(self, before: Future, fresh: Future, shown: Tensor) -> Future:

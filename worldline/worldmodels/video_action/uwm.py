@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ class UnifiedWorld(nn.Module):
         frame: Tensor,
         steps: int,
         plan: Tensor | None = None,
+        noise: Tensor | None = None,
         warm: float = 1.0,
         rounds: int = 1,
     ) -> Future:
@@ -117,16 +119,14 @@ class UnifiedWorld(nn.Module):
         Args:
             frame: "n", the number of the current frame: noise is a function of (seed, frame).
             plan: blocks to begin from, at level `warm`, instead of pure noise.
+            noise: "n f k*a", that of the blocks, instead of the seeds' own.
             rounds: passes in which a video is filled in; of UVA alone.
         """
-        noise = noise_like(given, roles, seeds, frame)
-        start, levels = noise, solver_levels(steps)
+        start, levels = noise_like(given, roles, seeds, frame, noise), solver_levels(steps)
         if plan is not None and warm < 1:
             levels = warm * levels
             at = torch.full((len(seeds),), warm, device=seeds.device)
-            start = Future(
-                frames=noise.frames, poses=noise.poses, actions=add_noise(linear_path, plan, noise.actions, at)
-            )
+            start = replace(start, actions=add_noise(linear_path, plan, start.actions, at))
 
         def predict(flat: Tensor, level: Tensor) -> Tensor:
             shown = given.pick(roles, given.like(flat))
@@ -142,22 +142,16 @@ def _told(embed: LevelEmbedding, level: Tensor, roles: Tensor, absent: Tensor) -
     return torch.where(gone[:, None], absent, embed(level))
 
 
-def noise_like(future: Future, roles: Roles, seeds: Tensor, frame: Tensor) -> Future:
+def noise_like(future: Future, roles: Roles, seeds: Tensor, frame: Tensor, actions: Tensor | None = None) -> Future:
     """Noise of a row's seed and frame, the same whatever is asked for: a stream for each camera, for poses and for actions. Zeros for
-    frames that no row has."""
-    has_frames = bool((roles.frames != Role.ABSENT).any())
+    frames that no row has; `actions` may be given."""
 
     def of(x: Tensor, stream: int) -> Tensor:
         return row_noise(seeds, frame, 0, tuple(x.shape[1:]), stream=stream).to(x)
 
-    if not has_frames:
-        return Future(
-            frames={c: torch.zeros_like(x) for c, x in future.frames.items()},
-            poses=torch.zeros_like(future.poses),
-            actions=of(future.actions, 1),
-        )
-    return Future(
-        frames={c: of(x, 2 + i) for i, (c, x) in enumerate(sorted(future.frames.items()))},
-        poses=of(future.poses, 0),
-        actions=of(future.actions, 1),
-    )
+    actions = of(future.actions, 1) if actions is None else actions
+    if not bool((roles.frames != Role.ABSENT).any()):
+        frames, poses = {c: torch.zeros_like(x) for c, x in future.frames.items()}, torch.zeros_like(future.poses)
+        return Future(frames=frames, poses=poses, actions=actions)
+    frames = {c: of(x, 2 + i) for i, (c, x) in enumerate(sorted(future.frames.items()))}
+    return Future(frames=frames, poses=of(future.poses, 0), actions=actions)

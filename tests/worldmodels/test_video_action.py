@@ -24,6 +24,7 @@ from worldline.worldmodels.video_action import (
     VideoActionModel,
 )
 from worldline.worldmodels.video_action.queries import Roles, draw_roles
+from worldline.worldmodels.video_action.tokens import Draw
 
 H, F = 2, 3
 SMALL = {"trunk": TrunkConfig(width=64, depth=2, heads=4, patch=1, registers=2), "history": H, "horizon": F}
@@ -114,8 +115,8 @@ def test_tokens_left_out_are_as_tokens_masked(model, name, steps):
     seeds, at = torch.tensor([4, 9]), torch.tensor([1, 1])
     options = {"steps": steps, "seeds": seeds, "frame": at}
     with torch.no_grad():
-        together = model.network.sample(seen, given, mixed, **options)
-        alone = model.network.sample(seen, given, query.rows(2), **options)
+        together = model.network.sample(seen, given, mixed, Draw(**options))
+        alone = model.network.sample(seen, given, query.rows(2), Draw(**options))
     f, a = ([i for i, r in enumerate(rs) if r == Role.DENOISED] for rs in (query.frames, query.actions))
     assert torch.allclose(together.frames["top"][0, f], alone.frames["top"][0, f], atol=1e-4)
     assert torch.allclose(together.poses[0, f], alone.poses[0, f], atol=1e-4)
@@ -135,7 +136,7 @@ def test_what_is_absent_has_no_say_and_what_is_given_has(model):
             actions.actions[:, 1:] if actions and not frames else None,
         )
         with torch.no_grad():
-            return model.network.sample(known, given, query.at(F).rows(3), **options)
+            return model.network.sample(known, given, query.at(F).rows(3), Draw(**options))
 
     assert torch.equal(answer(VIDEO, None, clip).frames["top"], answer(VIDEO, None, other).frames["top"])
     assert torch.equal(answer(POLICY, clip, None).actions, answer(POLICY, other, None).actions)
@@ -221,7 +222,7 @@ def test_what_training_knows_of_a_start_is_what_a_dream_knows(model):
     query, options = JOINT.at(F), {"seeds": torch.arange(2), "frame": torch.zeros(2, dtype=torch.long), "steps": 2}
     given = model.given(query, 2)
     with torch.no_grad():
-        a, b = (model.network.sample(k, given, query.rows(2), **options) for k in (start, trained))
+        a, b = (model.network.sample(k, given, query.rows(2), Draw(**options)) for k in (start, trained))
     assert torch.allclose(a.frames["top"], b.frames["top"], atol=1e-5) and torch.allclose(
         a.actions, b.actions, atol=1e-5
     )

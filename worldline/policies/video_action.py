@@ -19,7 +19,7 @@ from worldline.errors import PolicyError
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.types import Clip, Observation, TensorState, WorldSpec
 from worldline.worldmodels.video_action import POLICY, VideoActionModel
-from worldline.worldmodels.video_action.tokens import Known
+from worldline.worldmodels.video_action.tokens import Draw, Known
 
 
 class VideoActionPolicy(nn.Module):
@@ -76,17 +76,11 @@ class VideoActionPolicy(nn.Module):
     @torch.no_grad()
     def chunk_of_noise(self, observation: Observation, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n m a"]:
         """The actions that this noise is denoised to, of the frame that is now alone."""
-        n = len(observation)
-        known, query = self._now(observation), POLICY.at(self.model.config.horizon)
-        made = self.model.answer(
-            known,
-            self.model.given(query, n),
-            query,
-            seeds=torch.zeros(n, dtype=torch.long),
-            frame=torch.zeros(n, dtype=torch.long),
-            steps=self.model.config.solver_steps,
-            noise=noise.unflatten(1, (self.model.config.horizon, -1)).to(self.model.device),
-        )
+        n, model = len(observation), self.model
+        query, zeros = POLICY.at(model.config.horizon), torch.zeros(n, dtype=torch.long)
+        blocks = noise.unflatten(1, (model.config.horizon, -1)).to(model.device)
+        draw = Draw(seeds=zeros, frame=zeros, steps=model.config.solver_steps, noise=blocks)
+        made = model.answer(self._now(observation), model.given(query, n), query, draw)
         return self._emit(made.actions)
 
     def reset(self, n: int) -> TensorState:
@@ -109,8 +103,9 @@ class VideoActionPolicy(nn.Module):
         given = model.given(query, n)
 
         def decide(plan: Tensor | None) -> Tensor:
-            steps, frame = model.config.solver_steps, torch.zeros(n, dtype=torch.long)
-            return model.answer(known, given, query, seeds=seeds, frame=frame, steps=steps, plan=plan).actions
+            frame = torch.zeros(n, dtype=torch.long)
+            draw = Draw(seeds=seeds, frame=frame, steps=model.config.solver_steps, plan=plan)
+            return model.answer(known, given, query, draw).actions
 
         begins = (held["count"] == 0).to(model.device)  # rows without a plan from before
         warm = model.config.warm_level < 1 and not bool(begins.all())

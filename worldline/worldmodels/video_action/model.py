@@ -25,7 +25,7 @@ from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles, video_alone
-from worldline.worldmodels.video_action.tokens import Future, Known
+from worldline.worldmodels.video_action.tokens import Draw, Future, Known
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
 from worldline.worldmodels.video_action.uwm import UnifiedWorld
 
@@ -211,7 +211,7 @@ class VideoActionModel(nn.Module):
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
         at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
-        made = self.answer(known, given, query, seeds=seeds, frame=at, steps=steps)
+        made = self.answer(known, given, query, Draw(seeds=seeds, frame=at, steps=steps))
         f = [i for i, role in enumerate(query.frames) if role != Role.ABSENT]
         g = [i for i, role in enumerate(query.actions) if role != Role.ABSENT]
         return VideoActions(
@@ -224,33 +224,11 @@ class VideoActionModel(nn.Module):
         """Normalised blocks "n g k*a" as actions "n g k a"."""
         return self.action_normalizer.denormalize(blocks.unflatten(2, (self.spec.control_steps, self.spec.action.dim)))
 
-    def answer(
-        self,
-        known: Known,
-        given: Future,
-        query: Query,
-        *,
-        seeds: Tensor,
-        frame: Tensor,
-        steps: int,
-        plan: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Future:
-        """`sample` in the network's units. `plan`: normalised blocks that denoising starts from, at `warm_level`. `noise`: "n f k*a",
-        that of the blocks, instead of the seeds' own."""
-        roles = query.rows(len(seeds)).to(self.device)
-        return self.network.sample(
-            known,
-            given,
-            roles,
-            seeds=seeds.to(self.device),
-            frame=frame.to(self.device),
-            steps=steps,
-            plan=plan,
-            noise=noise,
-            warm=self.config.warm_level,
-            rounds=self.config.decode_rounds,
-        )
+    def answer(self, known: Known, given: Future, query: Query, draw: Draw) -> Future:
+        """`sample` in the network's units."""
+        draw = replace(draw, seeds=draw.seeds.to(self.device), frame=draw.frame.to(self.device))
+        draw = replace(draw, warm=self.config.warm_level, rounds=self.config.decode_rounds)
+        return self.network.sample(known, given, query.rows(len(draw.seeds)).to(self.device), draw)
 
     def given(
         self, query: Query, n: int, frames: Mapping[str, Tensor] | None = None, actions: Tensor | None = None
@@ -318,9 +296,8 @@ class VideoActionModel(nn.Module):
             part = None if actions is None else actions[:, begin : begin + chunk]
             known = self.known_of(state)
             given = self.given(query, len(seeds), None, part)
-            made = self.answer(
-                known, given, query, seeds=seeds, frame=state.tensors["frame"], steps=self.config.solver_steps
-            )
+            draw = Draw(seeds=seeds, frame=state.tensors["frame"], steps=self.config.solver_steps)
+            made = self.answer(known, given, query, draw)
             for c, x in made.frames.items():
                 frames[c].append(x[:, :chunk])
             poses.append(made.poses[:, :chunk])

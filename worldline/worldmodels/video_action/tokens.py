@@ -79,6 +79,23 @@ class Future:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How an answer is sampled: noise is a function of a row's seed "n" and of the number of its current frame "n"; `steps` of the solver.
+
+    plan: blocks "n f k*a" to begin from, at level `warm`, instead of pure noise. noise: "n f k*a", that of the blocks, instead of the
+    seeds' own. rounds: passes in which a video is filled in; of UVA alone.
+    """
+
+    seeds: Tensor
+    frame: Tensor
+    steps: int
+    plan: Tensor | None = None
+    noise: Tensor | None = None
+    warm: float = 1.0
+    rounds: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
     """Tokens "n l d" and which of them are there "n l" (None: all). First history, then the coming frames that some row has, then the
     blocks that some row has, then registers and text.

@@ -23,7 +23,7 @@ from worldline.worldmodels.layers import LevelEmbedding, cut
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.queries import Role, Roles
-from worldline.worldmodels.video_action.tokens import Future, Known, Tokens
+from worldline.worldmodels.video_action.tokens import Draw, Future, Known, Tokens
 from worldline.worldmodels.video_action.trunk import Trunk, init_linear, modulated
 from worldline.worldmodels.video_action.uwm import noise_like
 
@@ -201,27 +201,13 @@ class UnifiedVideoAction(nn.Module):
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def sample(
-        self,
-        known: Known,
-        given: Future,
-        roles: Roles,
-        *,
-        seeds: Tensor,
-        frame: Tensor,
-        steps: int,
-        plan: Tensor | None = None,
-        noise: Tensor | None = None,
-        warm: float = 1.0,
-        rounds: int = 1,
-    ) -> Future:
-        """What is asked for, given the rest: one pass of the trunk (or `rounds`, where a video is asked for), `steps` of the heads.
-        Arguments as of UWM."""
-        start, levels = noise_like(given, roles, seeds, frame, noise), solver_levels(steps)
+    def sample(self, known: Known, given: Future, roles: Roles, draw: Draw) -> Future:
+        """What is asked for, given the rest: one pass of the trunk (or `rounds`, where a video is asked for), `steps` of the heads."""
+        start, levels = noise_like(given, roles, draw), solver_levels(draw.steps)
         s = self.tokens.frame_size - 1
         asks = bool((roles.frames == Role.DENOISED).any())
-        rounds = rounds if asks else 1
-        order = row_noise(seeds, frame, 0, (s,), stream=99).argsort(1).argsort(1) if rounds > 1 else None
+        rounds = draw.rounds if asks else 1
+        order = row_noise(draw.seeds, draw.frame, 0, (s,), stream=99).argsort(1).argsort(1) if rounds > 1 else None
         made, revealed = given, None
         found = self.latent(known, made, roles)
         for i in range(rounds):
@@ -233,7 +219,7 @@ class UnifiedVideoAction(nn.Module):
                 revealed = order < math.ceil(s * (1 - math.cos(math.pi / 2 * (i + 1) / rounds)))
         actions = made.actions
         if bool((roles.actions == Role.DENOISED).any()):
-            actions = self._acted(found, start, levels, plan, warm, actions)
+            actions = self._acted(found, start, levels, draw, actions)
         return given.pick(roles, Future(frames=made.frames, poses=made.poses, actions=actions))
 
     def _keep(self, before: Future, fresh: Future, shown: Tensor) -> Future:
@@ -264,13 +250,11 @@ class UnifiedVideoAction(nn.Module):
             poses[:, found.frames] = _denoised(self.pose_head, x, found.poses, base, levels).to(poses)
         return Future(frames=frames, poses=poses, actions=noise.actions)
 
-    def _acted(
-        self, found: JointLatent, noise: Future, levels: Tensor, plan: Tensor | None, warm: float, actions: Tensor
-    ) -> Tensor:
+    def _acted(self, found: JointLatent, noise: Future, levels: Tensor, draw: Draw, actions: Tensor) -> Tensor:
         x = noise.actions[:, found.blocks]
-        if plan is not None and warm < 1:
-            x = add_noise(linear_path, plan[:, found.blocks], x, torch.full((len(x),), warm, device=x.device))
-            levels = warm * levels
+        if draw.plan is not None and draw.warm < 1:
+            at = torch.full((len(x),), draw.warm, device=x.device)
+            x, levels = add_noise(linear_path, draw.plan[:, found.blocks], x, at), draw.warm * levels
         made = actions.clone()
         made[:, found.blocks] = _denoised(self.action_head, x, found.actions, torch.zeros_like(x), levels).to(made)
         return made

@@ -18,7 +18,7 @@ from worldline.worldmodels.layers import LevelEmbedding
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors, errors_of
 from worldline.worldmodels.video_action.queries import Role, Roles
-from worldline.worldmodels.video_action.tokens import Future, Known, Tokens
+from worldline.worldmodels.video_action.tokens import Draw, Future, Known, Tokens
 from worldline.worldmodels.video_action.trunk import Trunk, init_linear
 
 
@@ -100,33 +100,13 @@ class UnifiedWorld(nn.Module):
         weight = {k: (1 / x.clamp(min=1e-3) ** 2).clamp(max=config.max_weight) * (x > 0) for k, x in level.items()}
         return errors_of(made, truth, roles, weight["frames"], weight["actions"])
 
-    def sample(
-        self,
-        known: Known,
-        given: Future,
-        roles: Roles,
-        *,
-        seeds: Tensor,
-        frame: Tensor,
-        steps: int,
-        plan: Tensor | None = None,
-        noise: Tensor | None = None,
-        warm: float = 1.0,
-        rounds: int = 1,
-    ) -> Future:
-        """What is asked for, given the rest. One pass of the trunk a step.
-
-        Args:
-            frame: "n", the number of the current frame: noise is a function of (seed, frame).
-            plan: blocks to begin from, at level `warm`, instead of pure noise.
-            noise: "n f k*a", that of the blocks, instead of the seeds' own.
-            rounds: passes in which a video is filled in; of UVA alone.
-        """
-        start, levels = noise_like(given, roles, seeds, frame, noise), solver_levels(steps)
-        if plan is not None and warm < 1:
-            levels = warm * levels
-            at = torch.full((len(seeds),), warm, device=seeds.device)
-            start = replace(start, actions=add_noise(linear_path, plan, start.actions, at))
+    def sample(self, known: Known, given: Future, roles: Roles, draw: Draw) -> Future:
+        """What is asked for, given the rest. One pass of the trunk a step."""
+        start, levels = noise_like(given, roles, draw), solver_levels(draw.steps)
+        if draw.plan is not None and draw.warm < 1:
+            levels = draw.warm * levels
+            at = torch.full((len(draw.seeds),), draw.warm, device=draw.plan.device)
+            start = replace(start, actions=add_noise(linear_path, draw.plan, start.actions, at))
 
         def predict(flat: Tensor, level: Tensor) -> Tensor:
             shown = given.pick(roles, given.like(flat))
@@ -142,14 +122,14 @@ def _told(embed: LevelEmbedding, level: Tensor, roles: Tensor, absent: Tensor) -
     return torch.where(gone[:, None], absent, embed(level))
 
 
-def noise_like(future: Future, roles: Roles, seeds: Tensor, frame: Tensor, actions: Tensor | None = None) -> Future:
+def noise_like(future: Future, roles: Roles, draw: Draw) -> Future:
     """Noise of a row's seed and frame, the same whatever is asked for: a stream for each camera, for poses and for actions. Zeros for
-    frames that no row has; `actions` may be given."""
+    frames that no row has."""
 
     def of(x: Tensor, stream: int) -> Tensor:
-        return row_noise(seeds, frame, 0, tuple(x.shape[1:]), stream=stream).to(x)
+        return row_noise(draw.seeds, draw.frame, 0, tuple(x.shape[1:]), stream=stream).to(x)
 
-    actions = of(future.actions, 1) if actions is None else actions
+    actions = of(future.actions, 1) if draw.noise is None else draw.noise
     if not bool((roles.frames != Role.ABSENT).any()):
         frames, poses = {c: torch.zeros_like(x) for c, x in future.frames.items()}, torch.zeros_like(future.poses)
         return Future(frames=frames, poses=poses, actions=actions)

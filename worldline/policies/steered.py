@@ -82,18 +82,19 @@ class SteeredPolicy(nn.Module):
         return self.chunk(draw(self.distribution(observation), seeds), observation), state
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
-        unified = isinstance(self.base, VideoActionPolicy)
+        base = self.base
+        unified = base if isinstance(base, VideoActionPolicy) else None
         checkpoint.save_part(
             folder,
             part="policy",
             kind=KIND,
-            config={**self.base.to_config(), "steers": "video-action" if unified else "diffusion"},
-            spec=self.base.model.spec if unified else self.spec,
+            config={**base.to_config(), "steers": "diffusion" if unified is None else "video-action"},
+            spec=self.spec if unified is None else unified.model.spec,
             tensors=self.state_dict(),
             provenance=provenance or {},
         )
-        if unified:
-            self.base.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        if unified is not None:
+            unified.tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SteeredPolicy":

@@ -8,7 +8,8 @@ the video alone; a cloned Gaussian and a diffusion policy; the autoregressive wo
 
 - policies: true success in the simulator, by task, from the same starts, which no training saw;
 - forward: moved-pixel PSNR and action sensitivity on test episodes, beside the autoregressive world model (`worldline eval`);
-- inverse: R2 of the actions between test frames, beside the inverse model made for that.
+- inverse: R2 of the actions between test frames, beside the inverse model made for that;
+- planning: the better unified policy with its chunks first tried in its own dream (best of --candidates, judged by a scorer), beside itself alone.
 
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md. What takes hours
 here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
@@ -28,16 +29,17 @@ from stages import record, seconds_a_step, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.recording import cores
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
 from worldline.commands.sampling import load_dream
 from worldline.data import LeRobotDataset
 from worldline.eval.probes import Probe
 from worldline.eval.replays import join_replays, load_replays, open_for
 from worldline.policies import load_policy
-from worldline.rl_in_imagination.success import episode_success
-from worldline.trainers import policy, probe, tokenizer, video_action, world_model
+from worldline.rl_in_imagination.planning import BestOfN
+from worldline.rl_in_imagination.success import SuccessScorer, episode_success
+from worldline.trainers import policy, probe, scorer, tokenizer, video_action, world_model
 from worldline.trainers.loop import LoopConfig
-from worldline.types import Clip
+from worldline.types import Clip, Policy
 from worldline.worldmodels import VideoActionModel
 from worldline.worldmodels.video_action import INVERSE
 
@@ -67,6 +69,10 @@ class MakeVideoAction:
     """In the simulator, a task."""
     frames: int = 41
     tokenizer_steps: int = 1500
+    candidates: int = 8
+    """Chunks tried at each decision of a planning policy."""
+    beyond: int = 8
+    """Frames imagined after each."""
 
 
 def prepare(config: MakeVideoAction) -> None:
@@ -101,6 +107,10 @@ def stage_of(config: MakeVideoAction, arm: str, seed: int) -> tuple[Any, Any]:
     if arm == "inverse":
         loop = LoopConfig(steps=1, batch_size=64, lr=1e-3, ema=0.99, seed=seed)
         return probe, probe.TrainProbe(**data, target="action", tokenizer=tok, loop=loop)
+    if arm == "scorer":
+        loop = LoopConfig(steps=1, batch_size=64, lr=1e-3, ema=0.99, seed=seed)
+        reads = replace(scorer.TrainScorer(**data).scorer, text="hashed")
+        return scorer, scorer.TrainScorer(**data, tokenizer=tok, scorer=reads, loop=loop)
     preset = video_action.PRESETS["tiny"][1]
     settings = replace(preset["model"], design=arm.partition("+")[0], text="hashed")
     more = tuple(config.out / task / "video" for task in config.tasks) if arm.endswith("+video") else ()
@@ -119,8 +129,8 @@ def trained(config: MakeVideoAction, arm: str, seed: int) -> Path:
 # --- policies ---------------------------------------------------------------------------------------------------------
 
 
-def successes(config: MakeVideoAction, folder: Path, seed: int) -> dict[str, np.ndarray]:
-    """Task -> true success of episodes, the same starts for every policy."""
+def successes(config: MakeVideoAction, folder: Path, seed: int, judge: Path | None = None) -> dict[str, np.ndarray]:
+    """Task -> true success of episodes, the same starts for every policy. With a scorer (`judge`) a unified one plans in its own dream."""
     found = {}
     for task in config.tasks:
         spec = LeRobotDataset(config.out / task / "demonstrations").spec
@@ -134,14 +144,20 @@ def successes(config: MakeVideoAction, folder: Path, seed: int) -> dict[str, np.
             seed=70 + seed,
             processes=cores(),
         )
-        acts = load_policy(str(folder), spec=spec)
+        acts: Policy = load_policy(str(folder), spec=spec)
+        known = identity_of(str(folder), acts)
+        if judge is not None:
+            options = {"candidates": config.candidates, "beyond": config.beyond}
+            acts = BestOfN(acts, load_dream(folder), SuccessScorer.from_pretrained(judge), **options)
+            known = [*known, "planning", options, weights_of(judge)]
         with Truth(settings, Kept(config.out / "truth")) as truth:
-            frames = truth.frame_success(identity_of(str(folder), acts), acts, progress=f"{folder.name} {task}")
+            frames = truth.frame_success(known, acts, progress=f"{folder.name} {task}")
         found[task] = episode_success(frames, persist=PERSIST).numpy()
     return found
 
 
-def policy_table(config: MakeVideoAction, seed: int) -> str:
+def policy_tables(config: MakeVideoAction, seed: int) -> list[str]:
+    """Of all policies, and of the better design planning."""
     won = {arm: successes(config, trained(config, arm, seed), seed) for arm in (*CLONED, *UNIFIED)}
     rows = []
     for arm, by_task in won.items():
@@ -158,7 +174,20 @@ def policy_table(config: MakeVideoAction, seed: int) -> str:
             )
         )
     head = f"| policy, seed | {' | '.join(config.tasks)} | all | - bc | - diffusion | - without the video |"
-    return table(head, rows)
+    best = max(UNIFIED, key=lambda arm: np.concatenate(list(won[arm].values())).mean())
+    judge = trained(config, "scorer", seed)
+    planned = successes(config, trained(config, best, seed), seed, judge)
+    rows_of_plans = [
+        row(
+            f"{name}, {seed}",
+            *(rate(by_task[task]) for task in config.tasks),
+            rate(np.concatenate(list(by_task.values()))),
+        )
+        for name, by_task in ((best, won[best]), (f"{best}, best of {config.candidates}", planned))
+    ]
+    pair = [np.concatenate(list(x.values())) for x in (planned, won[best])]
+    plans = table(f"| policy, seed | {' | '.join(config.tasks)} | all |", rows_of_plans)
+    return [table(head, rows), plans, f"Planning - alone: {gain(pair[0], pair[1])}"]
 
 
 # --- forward and inverse ----------------------------------------------------------------------------------------------
@@ -254,7 +283,7 @@ def main(config: MakeVideoAction) -> None:
         "episodes a task from the same starts."
     ]
     for seed in range(config.seeds):
-        sections += [policy_table(config, seed), forward_table(config, seed), inverse_table(config, seed)]
+        sections += [*policy_tables(config, seed), forward_table(config, seed), inverse_table(config, seed)]
     text = "\n\n".join(sections) + "\n"
     (config.out / "tables.md").write_text(text)
     print(text)

@@ -73,20 +73,20 @@ def _model(width: int, depth: int, heads: int, **more: Any) -> VideoActionConfig
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
-        "1M weights, 2M with --model.design uva; half an hour on a 2-core CPU",
+        "1.4M weights, 2.2M with --model.design uva; half an hour on a 2-core CPU",
         {
-            "model": _model(128, 4, 4),
+            "model": _model(128, 4, 4, head_width=128, head_depth=2, head_draws=2),
             "loop": LoopConfig(
                 steps=4000, batch_size=16, lr=1.5e-3, optimizer="muon", muon_lr=3e-3, ema=0.995, cooldown=0.4
             ),
         },
     ),
     "small": (
-        "30M weights; a night on one consumer GPU",
+        "40M weights; a night on one consumer GPU",
         {"model": _model(512, 8, 8), "loop": LoopConfig(steps=60_000, batch_size=64, lr=4e-4, ema=0.9995)},
     ),
     "base": (
-        "about 300M weights, three views of 192x320; days on one data-centre GPU",
+        "310M weights, 440M with --model.design uva; three views of 192x320; days on one data-centre GPU",
         {
             "model": _model(1024, 16, 16, head_width=1024, head_depth=6),
             "loop": LoopConfig(steps=200_000, batch_size=64, lr=2e-4, ema=0.9999),

@@ -11,6 +11,7 @@ picture of the top camera. Everything is kept in --out. Prints Markdown, and wri
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +43,15 @@ class MakeInstructions:
     out: Path
     seeds: int = 1
     budget: float = 1.0
-    """Multiplies all training steps. 1: about 45 minutes of one CPU core a world model."""
+    """Multiplies all training steps. 1: about an hour of one CPU core a world model."""
     episodes: int = 600
     tests: int = 60
     frames: int = 41
+    size: int = 128
+    """Pixels of a frame's side. At 64 an object is four pixels on a chequered cell, which no small tokenizer keeps."""
+    cameras: tuple[str, ...] = ("top",)
+    """The top camera, which judges, and others."""
+    latent_channels: int = 8
     text: str = "hashed"
     """The instruction's encoder: hashed, or a text model of transformers."""
 
@@ -53,10 +59,11 @@ class MakeInstructions:
 def prepare(config: MakeInstructions) -> None:
     """Datasets, tokenizer and the probe that judges pictures."""
     home = config.out
-    record(home / "data", "arm/reach", config.episodes, policy="expert", seed=0)
-    record(home / "test", "arm/reach", config.tests, policy="expert", seed=1000)
+    views: dict[str, Any] = {"cameras": config.cameras, "size": config.size, "policy": "expert"}
+    record(home / "data", "arm/reach", config.episodes, **views, seed=0)
+    record(home / "test", "arm/reach", config.tests, **views, seed=1000)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(2400 * config.budget))
-    wide = AutoencoderConfig(latent_channels=16)
+    wide = AutoencoderConfig(latent_channels=config.latent_channels)
     train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", autoencoder=wide, loop=loop))
     judge = LoopConfig(steps=int(1000 * config.budget), batch_size=64, lr=1e-3, ema=0.99)
     reader = probe.TrainProbe(

@@ -21,12 +21,11 @@ import torch
 import tyro
 from result_tables import row, table
 from scipy.stats import binomtest
-from stages import record, train
+from stages import record, train, truth_settings
 from statsmodels.stats.multitest import multipletests
 
-from worldline.commands.recording import cores
 from worldline.commands.refining import Refine, run_refine
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of
+from worldline.commands.rollouts import Kept, Truth, identity_of
 from worldline.commands.sampling import load_dream
 from worldline.commands.synthesizing import Synthesize, run_synthesize
 from worldline.errors import DatasetError
@@ -186,16 +185,7 @@ def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -
     """True success of every arm's episodes, from the same starts."""
     home = config.out / task
     spec = load_dream(home / f"wm{seed}").spec
-    settings = TruthSettings(
-        world=f"metaworld/{task}",
-        spec=spec,
-        episodes=config.test_episodes,
-        starts=config.test_episodes,
-        horizon=(config.frames - 1) * spec.control_steps,
-        frames=config.frames,
-        seed=50 + seed,
-        processes=cores(),
-    )
+    settings = truth_settings(task, spec, episodes=config.test_episodes, frames=config.frames, seed=50 + seed)
     found = {}
     with Truth(settings, Kept(config.out / "truth")) as truth:
         for name, folder in made.items():

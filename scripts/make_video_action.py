@@ -25,11 +25,10 @@ import torch
 import tyro
 from make_refinement import PERSIST, gain, rate
 from result_tables import row, table
-from stages import record, seconds_a_step, train
+from stages import record, seconds_a_step, train, truth_settings
 
 from worldline.commands.dreaming import Evaluate, run_eval
-from worldline.commands.recording import cores
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
+from worldline.commands.rollouts import Kept, Truth, identity_of, weights_of
 from worldline.commands.sampling import load_dream
 from worldline.data import LeRobotDataset
 from worldline.eval.probes import Probe
@@ -134,16 +133,7 @@ def successes(config: MakeVideoAction, folder: Path, seed: int, judge: Path | No
     found = {}
     for task in config.tasks:
         spec = LeRobotDataset(config.out / task / "demonstrations").spec
-        settings = TruthSettings(
-            world=f"metaworld/{task}",
-            spec=spec,
-            episodes=config.episodes,
-            starts=config.episodes,
-            horizon=(config.frames - 1) * spec.control_steps,
-            frames=config.frames,
-            seed=70 + seed,
-            processes=cores(),
-        )
+        settings = truth_settings(task, spec, episodes=config.episodes, frames=config.frames, seed=70 + seed)
         acts: Policy = load_policy(str(folder), spec=spec)
         known = identity_of(str(folder), acts)
         if judge is not None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from bench_train import gflop
 
-from worldline.commands.recording import Record, run_record
+from worldline.commands.recording import Record, cores, run_record
+from worldline.commands.rollouts import TruthSettings
 from worldline.data import LeRobotDataset, RobustNormalizer, strided
 from worldline.tokenizers import load_tokenizer
 from worldline.trainers.world_model import TrainWorldModel
-from worldline.types import Clip
+from worldline.types import Clip, WorldSpec
 from worldline.worldmodels import AutoregressiveWorldModel
 
 TIMED = (4, 16)  # steps of the two short runs whose difference says what a step costs
@@ -86,3 +87,10 @@ def seconds_a_step(module: Any, settings: Any) -> float:
             shutil.rmtree(out)
         kept.write_text(json.dumps((took[1] - took[0]) / (TIMED[1] - TIMED[0])))
     return json.loads(kept.read_text())
+
+
+def truth_settings(task: str, spec: WorldSpec, *, episodes: int, frames: int, seed: int) -> TruthSettings:
+    """How a Meta-World task judges policies: so many true episodes of so many frames, from starts of their own."""
+    horizon = (frames - 1) * spec.control_steps
+    options = {"episodes": episodes, "starts": episodes, "horizon": horizon, "frames": frames}
+    return TruthSettings(world=f"metaworld/{task}", spec=spec, **options, seed=seed, processes=cores())

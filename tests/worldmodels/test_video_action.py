@@ -331,6 +331,17 @@ def test_errors_name_what_was_required_and_what_was_got(model):
         model.loss(clip)
     with pytest.raises(ValueError, match="chunk: from 1 to 3 frames"):
         model.with_sampling(chunk=4)
+    sparse = build("uwm", targets="end")
+    assert (
+        sparse.sample(clip, INVERSE.first(1, F), seeds=seeds, frames={"top": clip.frames["top"][:, :1]}).actions.shape[
+            1
+        ]
+        == 1
+    )
+    with pytest.raises(SpecMismatch, match=r"one coming frame at most is required .* got 3"):
+        sparse.sample(clip, VIDEO, seeds=seeds)
+    with pytest.raises(ValueError, match="chunk: 1 required with targets='end'"):
+        sparse.with_sampling(chunk=2)
     narrow = LevelDistribution(clean=0.5, pure=0.5)
     with pytest.raises(ValueError, match=r"solver_steps=2 asks for level 0\.5, which training never shows"):
         VideoActionConfig(frame_levels=narrow, solver_steps=2)

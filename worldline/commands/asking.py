@@ -6,7 +6,6 @@ video, joint      what may happen? the model goes on from the episode's first fr
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from worldline.worldmodels.video_action import INVERSE, JOINT, POLICY, VIDEO
 def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> dict[str, float]:
     """Answer `mode` along the first of the replays: write the video and, where actions are found, a plot beside it (OUT with .png).
 
-    Returns R2 of the found actions by dimension, where the recorded ones are known. Raises `WorldlineError` unless the model is a unified
+    Returns R2 of the found actions by dimension, where the recorded ones are known and not constant. Raises `WorldlineError` unless the model is a unified
     one.
     """
     model = dream.world_model
@@ -54,8 +53,10 @@ def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> d
     found, truth = actions.flatten(0, 1).numpy(), whole.actions[0, : len(actions)].flatten(0, 1).numpy()
     names, r2 = dream.spec.action.names, {}
     if np.isfinite(truth).all() and mode in ("policy", "inverse"):  # video alone has no actions
-        missed = np.square(found - truth).mean(0) / np.maximum(np.var(truth, axis=0), 1e-12)
-        r2 = {name: float(1 - m) for name, m in zip(names, missed)}
+        missed, spread = np.square(found - truth).mean(0), np.var(truth, axis=0)
+        r2 = {
+            name: float(1 - m / v) for name, m, v in zip(names, missed, spread) if v > 1e-6
+        }  # undefined of a constant
     titles = [f"{name}, R² {r2[name]:.2f}" if name in r2 else name for name in names]
     action_curves(truth, found, names=titles, label=mode).savefig(out.with_suffix(".png"))
     return r2
@@ -74,10 +75,11 @@ def _seen(whole: Clip, last: int, history: int) -> Clip:
 def _found(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> Tensor:
     """The block "k a" that leaves each frame, as the policy or the inverse query finds it, "t k a"."""
     horizon, t = model.config.horizon, whole.poses.shape[1]
+    ahead = horizon if model.config.targets == "dense" else 1
     blocks = []
     for i in range(t - 1):
         seen = _seen(whole, i, model.config.history)
-        count = min(horizon, t - 1 - i)
+        count = min(ahead, t - 1 - i)
         query = (POLICY if mode == "policy" else INVERSE).first(count, horizon)
         given = {c: z[:, i + 1 : i + 1 + count] for c, z in whole.frames.items()} if mode == "inverse" else None
         made = model.sample(seen, query, seeds=torch.tensor([seed + i]), frames=given)
@@ -91,13 +93,14 @@ def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple
     latents: dict[str, list[Tensor]] = {c: [] for c in whole.frames}
     actions: list[Tensor] = []
     k, a = whole.actions.shape[2:]
-    for begin in range(0, t - 1, horizon):
-        query: Any = JOINT if mode == "joint" else VIDEO
-        made = model.sample(seen, query.at(horizon), seeds=torch.tensor([seed + begin]))
+    ahead = horizon if model.config.targets == "dense" else 1
+    query = (JOINT if mode == "joint" else VIDEO).first(ahead, horizon)
+    for begin in range(0, t - 1, ahead):
+        made = model.sample(seen, query, seeds=torch.tensor([seed + begin]))
         for c, z in made.latents.items():
             latents[c].append(z.cpu())
         actions.append(made.actions.cpu())
-        keep = min(model.config.history, horizon)
+        keep = min(model.config.history, ahead)
         seen = Clip(
             frames={c: z[:, -keep:].cpu() for c, z in made.latents.items()},
             poses=made.poses[:, -keep:].cpu(),

@@ -142,12 +142,16 @@ class _VideoActionStage:
         )
         truth, seeds = clip.actions[:, h - 1 :], torch.arange(len(rows))
         spread = (truth - truth.mean((0, 1, 2))).square().mean()
-        coming = {c: z[:, h:] for c, z in clip.frames.items()}
+        coming = {c: z[:, h : h + 1] for c, z in clip.frames.items()}
+        single = INVERSE.first(1, model.config.horizon)
         found = {
             "policy_error": model.sample(seen, POLICY, seeds=seeds).actions,
-            "inverse_error": model.sample(seen, INVERSE, seeds=seeds, frames=coming).actions,
+            "inverse_error": model.sample(seen, single, seeds=seeds, frames=coming).actions,
         }
-        errors = {name: float((x.cpu() - truth).square().mean() / spread.clamp(min=1e-9)) for name, x in found.items()}
+        errors = {
+            name: float((x.cpu() - truth[:, : x.shape[1]]).square().mean() / spread.clamp(min=1e-9))
+            for name, x in found.items()
+        }
         return imagined_errors(model.with_sampling(chunk=1), clip) | errors
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -85,6 +85,10 @@ class VideoActionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.chunk <= self.horizon:
             raise ValueError(f"chunk: from 1 to {self.horizon} frames (the horizon) required, got {self.chunk}")
+        if self.targets == "end" and self.chunk > 1:
+            raise ValueError(
+                f"chunk: 1 required with targets='end', whose training never shows two coming frames, got {self.chunk}"
+            )
         if not 0 <= self.execute <= self.horizon:
             raise ValueError(f"execute: from 0 to {self.horizon} blocks (the horizon) required, got {self.execute}")
         if not 0 < self.warm_level <= 1:

@@ -207,12 +207,16 @@ class VideoActionModel(nn.Module):
         Raises `SpecMismatch` for givens of another number or size, and for actions that are not finite.
         """
         query = query.at(self.config.horizon)
+        f = [i for i, role in enumerate(query.frames) if role != Role.ABSENT]
+        if self.config.targets == "end" and len(f) > 1:
+            raise SpecMismatch(
+                f"a query of one coming frame at most is required by a model trained with targets='end', got {len(f)}: Query.first(1, ...)"
+            )
         steps = self.config.solver_steps if steps is None else replace(self.config, solver_steps=steps).solver_steps
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
         at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
         made = self.answer(known, given, query, Draw(seeds=seeds, frame=at, steps=steps))
-        f = [i for i, role in enumerate(query.frames) if role != Role.ABSENT]
         g = [i for i, role in enumerate(query.actions) if role != Role.ABSENT]
         return VideoActions(
             latents=unwhiten({c: x[:, f] for c, x in made.frames.items()}, self.latent_spec),

@@ -2,7 +2,7 @@
 
 - The vector that modulates the trunk embeds both levels, of frames and of actions; every token is marked with its own, so that given and
   denoised ones may stand side by side. Given is level 0. Absent is no level: there is no token, and the vector says so. (The published
-  code marks what is absent by noise at a level that sampling then misstates: SYSTEMS' 14% of signal in pure noise.)
+  code marks what is absent by noise, and tells its sampler a level at which 14% of it would be signal.)
 - The network predicts what is clean; the loss is the flow-matching loss, its weight 1/level^2 capped.
 - Observations are tokens like the rest, not a residual network's features: they are what the tokenizer gives anyway.
 """

@@ -427,15 +427,15 @@ def test_an_inverse_dynamics_scorer_uses_the_block_that_led_here() -> None:
 class RandomWalks:
     """A trajectory model: whole state-action sequences at once, a row from its seed alone."""
 
-    def sample(self, n: int, *, steps: int, seeds):
-        return row_noise(seeds, 0, 0, (steps, 4)).cumsum(1)
+    def sample(self, seeds, *, length: int):
+        return row_noise(seeds, 0, 0, (length, 4)).cumsum(1)
 
 
 def test_a_trajectory_model_samples_rows_of_their_own() -> None:
     model, seeds = RandomWalks(), torch.tensor([3, 1, 4])
     assert isinstance(model, TrajectoryModel) and not isinstance(model, WorldModel)
-    whole = model.sample(3, steps=6, seeds=seeds)
-    assert torch.equal(model.sample(1, steps=6, seeds=seeds[1:2]), whole[1:2])
+    whole = model.sample(seeds, length=6)
+    assert torch.equal(model.sample(seeds[1:2], length=6), whole[1:2])
 
 
 class HalfRate:

@@ -370,7 +370,7 @@ class ActionMap(Protocol):
 class TrajectoryModel(Protocol):
     """Whole trajectories at once; neither observes nor imagines."""
 
-    def sample(self, n: int, *, steps: int, seeds: Int[Tensor, " n"]) -> Float[Tensor, "n steps d"]: ...
+    def sample(self, seeds: Int[Tensor, " n"], *, length: int) -> Float[Tensor, "n length d"]: ...
 
 
 # --- Small helpers every state needs ----------------------------------------------------------------------------------

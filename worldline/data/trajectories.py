@@ -135,24 +135,29 @@ class Trajectories:
             provenance=tuple(self.provenance[i] for i in chosen.tolist()) if self.provenance else (),
         )
 
-    def windows(self, length: int, *, stride: int = 1) -> Int[Tensor, "w length"]:
+    def windows(self, length: int, *, stride: int = 1, past_end: bool = False) -> Int[Tensor, "w length"]:
         """Rows of every window of `length` consecutive steps of one episode, `stride` apart; an episode's last window ends with it.
 
-        Raises `DatasetError` if no episode is that long.
+        `past_end`: windows run on past the end of a terminated episode, which repeats its last step, up to one that begins there. So a
+        terminal step is met as often as any other, and terminated episodes may be shorter than a window.
+
+        Raises `DatasetError` if no episode is long enough.
         """
         found = []
-        for start, n in zip(self.starts.tolist(), self.lengths.tolist()):
-            if n >= length:
-                first = torch.arange(0, n - length + 1, stride)
-                if first[-1] != n - length:
-                    first = torch.cat([first, torch.tensor([n - length])])
-                found.append(start + first)
+        ended = self.terminated[self.lengths.cumsum(0) - 1] & past_end
+        for start, n, ends in zip(self.starts.tolist(), self.lengths.tolist(), ended.tolist()):
+            last = n - 1 if ends else n - length
+            if last >= 0:
+                first = torch.arange(0, last + 1, stride)
+                if first[-1] != last:
+                    first = torch.cat([first, torch.tensor([last])])
+                found.append(start + (first[:, None] + torch.arange(length)).clamp(max=n - 1))
         if not found:
             raise DatasetError(
                 f"episodes of at least {length} steps (the window) required, got {len(self)} episodes of at most {int(self.lengths.max())}. "
                 "Use a shorter window or longer episodes."
             )
-        return torch.cat(found)[:, None] + torch.arange(length)
+        return torch.cat(found)
 
     def _where(self, steps: Bool[Tensor, " n"]) -> str:
         at = int(steps.nonzero()[0])

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldline.diffusion.paths import Coefficients, add_noise, noise_from_clean
+from worldline.diffusion.paths import Coefficients, add_noise, expand, noise_from_clean
 from worldline.diffusion.samplers import Predict
 
 _ROUNDING = 1e-5  # relative: a sigma that went through its level and back
@@ -74,7 +74,8 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogNormalSigmas:
-    """The noise that training shows: ln sigma ~ N(log_mean, log_std^2), cut to [low, high]; a share of exactly `high` besides.
+    """The noise that training shows: ln sigma ~ N(log_mean, log_std^2), cut to [low, high]; a share of exactly `high` besides, and a
+    share of which the logarithm is even over [low, high].
 
     What is beyond an end is drawn at that end, as in DIAMOND: sampling starts at one, and takes its last look near the other.
     """
@@ -84,17 +85,24 @@ class LogNormalSigmas:
     low: float = 0.004
     high: float = 10.0
     pure: float = 0.0  # share at exactly `high`
+    even: float = 0.0  # share with ln sigma uniform: where `high` is far out, the normal's tail shows next to nothing on the way there
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high < math.inf or not self.log_std >= 0:
             raise ValueError(f"0 < low <= high and log_std >= 0 required, got {self.low}, {self.high}, {self.log_std}")
-        if not 0 <= self.pure <= 1:
-            raise ValueError(f"pure must be a share from 0 to 1, got {self.pure}")
+        if not (self.pure >= 0 and self.even >= 0 and self.pure + self.even <= 1):
+            raise ValueError(f"pure and even must be shares that sum to at most 1, got {self.pure} and {self.even}")
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
-        pure = torch.rand(shape, generator=generator) < self.pure
-        sigma = (self.log_mean + self.log_std * torch.randn(shape, generator=generator)).exp()
-        return torch.where(pure, torch.tensor(self.high), sigma.clamp(self.low, self.high))
+        kind = torch.rand(shape, generator=generator)
+        sigma = (
+            (self.log_mean + self.log_std * torch.randn(shape, generator=generator)).exp().clamp(self.low, self.high)
+        )
+        if self.even:
+            low, high = math.log(self.low), math.log(self.high)
+            even = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
+            sigma = torch.where(kind >= 1 - self.even, even, sigma)
+        return torch.where(kind < self.pure, torch.tensor(self.high), sigma)
 
     def contains(self, sigma: float) -> bool:
         """Whether training shows this sigma. With a share of 1 at `high` it shows no other."""
@@ -118,9 +126,14 @@ def sample_edm(
     path: EDMPath,
     *,
     churn: float = 0.0,
+    churned: tuple[float, float] = (0.0, math.inf),
+    inflate: float = 1.0,
+    heun: bool = False,
     noise: Callable[[int], Tensor],
+    nudge: Callable[[int, Tensor], Tensor] | None = None,
+    correct: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "n ..."]:
-    """Algorithm 2 without its second-order correction: Euler steps, before each of which noise may be added.
+    """Algorithm 2: steps before each of which noise may be added, with (Heun) or without (Euler) the second-order correction.
 
     Args:
         predict: (x, level "n") to the clean estimate.
@@ -128,19 +141,38 @@ def sample_edm(
         levels: from above 0 down to 0 (`edm_levels`).
         churn: S_churn: a step first raises sigma by the factor 1 + min(churn / steps, sqrt(2) - 1), to the path's largest at most.
             0 is the deterministic sampler.
+        churned: S_tmin and S_tmax: sigmas between which noise is added.
+        inflate: S_noise: factor of the noise that is added.
+        heun: correct each step but the last by the slope at its end: two predictions a step.
         noise: step number (from 1) to fresh noise in x's shape; not called without churn.
+        nudge, correct: (step number, state) and (step number, clean estimate) to what shall stand in its place, in every step but the
+            last; guidance. `nudge` is asked after noise was added, `correct` after every prediction.
     """
     steps = len(levels) - 1
     factor = 1 + min(churn / steps, math.sqrt(2) - 1)
     for step, (now, then) in enumerate(zip(levels[:-1], levels[1:]), start=1):
         level = now.expand(len(x)).to(x)
-        if churn:
-            sigma = path(now).sigma
+        sigma = path(now).sigma
+        if churn and churned[0] <= sigma <= churned[1]:
             raised = (sigma * factor).clamp(max=path.largest)
-            x = x + (raised**2 - sigma**2).clamp(min=0).sqrt().to(x) * noise(step)
+            x = x + inflate * (raised**2 - sigma**2).clamp(min=0).sqrt().to(x) * noise(step)
             level = path.level(raised).expand(len(x)).to(x)  # the state's own, not the schedule's
-        clean = predict(x, level)
         if then == 0:
-            return clean
-        x = add_noise(path, clean, noise_from_clean(path, x, clean, level), then.expand(len(x)).to(x))
+            return predict(x, level)
+        if nudge is not None:
+            x = nudge(step, x)
+        clean = predict(x, level)
+        if correct is not None:
+            clean = correct(step, clean)
+        next_level = then.expand(len(x)).to(x)
+        ahead = add_noise(path, clean, noise_from_clean(path, x, clean, level), next_level)
+        if heun:
+            again = predict(ahead, next_level)
+            if correct is not None:
+                again = correct(step, again)
+            # the slope of x by sigma is the noise that x holds
+            slope = noise_from_clean(path, x, clean, level) + noise_from_clean(path, ahead, again, next_level)
+            has = path(expand(level, x)).sigma
+            ahead = x + (path(then).sigma.to(x) - has) * slope / 2
+        x = ahead
     return x

@@ -19,7 +19,7 @@ from worldline.errors import WorldlineError
 VERBS = {
     "record": "record episodes in a simulator into a LeRobot dataset",
     "inspect": "report what a dataset holds and what is wrong with it",
-    "train": "train a tokenizer, world-model (also -edm, -s), video-action model, scorer, policy, offline policy or probe",
+    "train": "train a tokenizer, world-model (also -edm, -s), video-action model, scorer, policy, offline policy, trajectory or dynamics model or probe",
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
@@ -36,6 +36,8 @@ STAGES = {
     "scorer": "a success scorer, calibrated and audited",
     "policy": "clone demonstrations (bc, discrete or diffusion)",
     "offline": "a policy from good and bad episodes, by implicit Q-learning",
+    "dynamics": "one step of a low-dimensional task, by an ensemble: the baseline of trajectory",
+    "trajectory": "whole low-dimensional trajectories by diffusion, for offline RL",
     "probe": "a regressor that reads positions or actions off frames",
 }
 USAGE = """usage: worldline VERB [options]      (worldline VERB --help says more)
@@ -110,11 +112,13 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
 def _train(args: list[str]) -> None:
     from worldline.commands.outputs import release_claim
     from worldline.trainers import (
+        dynamics,
         offline,
         policy,
         probe,
         scorer,
         tokenizer,
+        trajectory,
         video_action,
         world_model,
         world_model_edm,
@@ -130,6 +134,8 @@ def _train(args: list[str]) -> None:
         "scorer": (scorer, scorer.TrainScorer),
         "policy": (policy, policy.TrainPolicy),
         "offline": (offline, offline.TrainOffline),
+        "dynamics": (dynamics, dynamics.TrainDynamics),
+        "trajectory": (trajectory, trajectory.TrainTrajectory),
         "probe": (probe, probe.TrainProbe),
     }
     if not args or args[0] in ("-h", "--help"):

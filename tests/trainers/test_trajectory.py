@@ -1,0 +1,69 @@
+"""Stage `trajectory`: from a Minari folder to a checkpoint that samples; resume; bad input."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.worldmodels.test_trajectories import SPEC, TINY, wander
+from worldline.checkpoint import read_json
+from worldline.data.minari import write_minari
+from worldline.data.trajectories import Trajectories
+from worldline.errors import CheckpointError, DatasetError
+from worldline.trainers import trajectory
+from worldline.trainers.loop import LoopConfig
+from worldline.worldmodels.trajectories import TrajectoryDiffusion
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_minari(wander(60), tmp_path_factory.mktemp("minari") / "wander")
+
+
+def config(data: Path, out: Path, steps: int, **loop) -> trajectory.TrainTrajectory:
+    settings = {"batch_size": 8, "warmup": 1, "save_every": 2, "eval_every": 2} | loop
+    return trajectory.TrainTrajectory(data=(str(data),), out=out, model=TINY, loop=LoopConfig(steps=steps, **settings))
+
+
+def test_a_trained_checkpoint_samples_and_says_what_it_learned_from(tmp_path, data):
+    out = trajectory.run(config(data, tmp_path / "model", 4), progress=False)
+    model = TrajectoryDiffusion.from_pretrained(out)
+    made = model.generate(torch.arange(3))
+    assert made.spec == model.spec == SPEC and len(made) == 3
+    about = read_json(out / "config.json")["provenance"]
+    assert about["data"] == [str(data)] and about["transitions"] == wander(60).steps
+    assert 0.5 < about["held_out_loss"] < 1.5
+    assert model.layout.mean[0] != 0 and float(model.layout.reach.max()) < 20
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path, data):
+    whole = trajectory.run(config(data, tmp_path / "whole", 6, cooldown=0.0), progress=False)
+    trajectory.run(config(data, tmp_path / "cut", 4, cooldown=0.0), progress=False)
+    cut = trajectory.run(config(data, tmp_path / "cut", 6, cooldown=0.0), progress=False)
+    for a, b in zip(
+        TrajectoryDiffusion.from_pretrained(whole).state_dict().values(),
+        TrajectoryDiffusion.from_pretrained(cut).state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_bad_input_is_named(tmp_path, data):
+    with pytest.raises(DatasetError, match=r"a folder or a Minari dataset"):
+        trajectory.run(config(tmp_path / "nowhere", tmp_path / "a", 2), progress=False)
+    whole = wander(60)
+    short = whole.select(i for i in range(60) if not whole.terminated[whole.starts[i] + whole.lengths[i] - 1])
+    cut = Trajectories(
+        spec=SPEC,
+        lengths=torch.full((len(short),), 5),
+        **{
+            name: torch.cat([getattr(short, name)[s : s + 5] for s in short.starts.tolist()])
+            for name in ("observations", "actions", "rewards", "next_observations", "terminated")
+        },
+    )
+    folder = write_minari(cut, tmp_path / "short")
+    with pytest.raises(DatasetError, match=r"at least 8 steps \(the window\) required.*at most 5"):
+        trajectory.run(config(folder, tmp_path / "b", 2), progress=False)
+    trajectory.run(config(data, tmp_path / "c", 2), progress=False)
+    with pytest.raises(CheckpointError):
+        trajectory.run(config(folder, tmp_path / "c", 4), progress=False)  # another dataset in the same folder

@@ -26,16 +26,16 @@ TINY = TrajectoryConfig(length=8, width=16, depth=2)
 
 
 def wander(episodes: int = 200, steps: int = 12, seed: int = 0) -> Trajectories:
-    """x' = x + a / 4, a ~ N(-x / 2, 0.5) within the range; reward -x^2; done beyond 1."""
+    """x' = x + a / 4, a ~ N(-x / 2, 0.5) within the range; reward -x^2; done beyond 0.8."""
     g = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {k: [] for k in ("o", "a", "r", "n", "d")}
     lengths = []
     for _ in range(episodes):
-        x = torch.rand(1, generator=g) * 1.9 - 0.95
+        x = torch.rand(1, generator=g) * 1.56 - 0.78
         for i in range(steps):
             a = (-x / 2 + 0.5 * torch.randn(1, generator=g)).clamp(-1.9, 1.9)
             after = x + a / 4
-            done = after.abs() > 1.0
+            done = after.abs() > 0.8
             for k, v in zip(parts, (x, a, -(x**2)[0], after, done[0])):
                 parts[k].append(v)
             x = after

@@ -25,17 +25,17 @@ SPEC = control_spec("toy", ["x"], [-2.0], [2.0], rate_hz=10.0)
 TINY = TrajectoryConfig(length=8, width=16, depth=2)
 
 
-def wander(episodes: int = 200, steps: int = 12, seed: int = 0) -> Trajectories:
-    """x' = x + a / 4, a ~ N(-x / 2, 0.5) within the range; reward -x^2; done beyond 0.8."""
+def wander(episodes: int = 200, steps: int = 12, seed: int = 0, edge: float = 0.8) -> Trajectories:
+    """x' = x + a / 4, a ~ N(-x / 2, 0.5) within the range; reward -x^2; done beyond `edge`."""
     g = torch.Generator().manual_seed(seed)
     parts: dict[str, list[Tensor]] = {k: [] for k in ("o", "a", "r", "n", "d")}
     lengths = []
     for _ in range(episodes):
-        x = torch.rand(1, generator=g) * 1.56 - 0.78
+        x = torch.rand(1, generator=g) * 1.94 * edge - 0.97 * edge
         for i in range(steps):
             a = (-x / 2 + 0.5 * torch.randn(1, generator=g)).clamp(-1.9, 1.9)
             after = x + a / 4
-            done = after.abs() > 0.8
+            done = after.abs() > edge
             for k, v in zip(parts, (x, a, -(x**2)[0], after, done[0])):
                 parts[k].append(v)
             x = after

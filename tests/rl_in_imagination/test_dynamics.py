@@ -33,7 +33,7 @@ def test_an_ensemble_learns_the_step_its_reward_and_its_end_and_rolls_out_the_po
     moved = (made.next_observations - made.observations)[on]
     assert (moved - made.actions[on] / 4).square().mean().sqrt() < 0.2 * moved.square().mean().sqrt()
     assert (made.rewards + made.observations[:, 0].square()).abs().mean() < 0.05
-    assert made.terminated.float().mean() < 0.02 and int(made.lengths.median()) == 3
+    assert made.terminated.float().mean() < 0.07 and int(made.lengths.median()) == 3
     # outwards it ends where the data did, beyond 0.4
     out = model.rollout(lambda now: now.sign(), x, steps=6, seeds=seeds)
     assert out.terminated.float().mean() > 0.1

@@ -25,6 +25,7 @@ VERBS = {
     "rank": "rank policies by imagined rollouts",
     "refine": "make a policy better inside a frozen world model",
     "synthesize": "imagine episodes, keep the successes, write them as a dataset",
+    "offline-rl": "policies from recorded low-dimensional data, and from trajectories imagined for them",
     "show": "print what a checkpoint is and how it was made",
 }
 STAGES = {
@@ -242,10 +243,23 @@ def _refine(rest: list[str]) -> None:
 
 
 def _synthesize(rest: list[str]) -> None:
+    if any(arg.partition("=")[0] == "--trajectory-model" for arg in rest):
+        from worldline.commands.synthesizing_trajectories import SynthesizeTrajectories, run_synthesize_trajectories
+
+        out = run_synthesize_trajectories(_parse(SynthesizeTrajectories, "synthesize", rest))
+        print(f"done: {out} and {out / 'synthesis' / 'report.html'}")
+        return
     from worldline.commands.synthesizing import Synthesize, run_synthesize
 
     out = run_synthesize(_parse(Synthesize, "synthesize", rest))
     print(f"done: {out} and {out / 'synthesis' / 'report.html'}")
+
+
+def _offline_rl(rest: list[str]) -> None:
+    from worldline.commands.offline_rl import OfflineRL, run_offline_rl
+
+    out = run_offline_rl(_parse(OfflineRL, "offline-rl", rest))
+    print(f"done: {out / 'report.html'}; the policies are {out}/seed-N")
 
 
 def _show(rest: list[str]) -> None:
@@ -262,5 +276,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "rank": _rank,
     "refine": _refine,
     "synthesize": _synthesize,
+    "offline-rl": _offline_rl,
     "show": _show,
 }

@@ -34,6 +34,8 @@ class Synthesize(SamplingFlags):
     Every episode says which world model, policy, start, seed and score it came from. `worldline train policy --data REAL IMAGINED
     --imagined-share 0.5 --init-from runs/bc50` then fine-tunes a policy on both.
 
+    Low-dimensional trajectories for offline RL: worldline synthesize --trajectory-model runs/traj --help
+
     Example: worldline synthesize --policies runs/bc50 runs/bc50@noise=0.3 --world-model runs/wm --scorer runs/success \\
              --data data/drawer --out data/imagined
     """

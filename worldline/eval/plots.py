@@ -206,6 +206,13 @@ def success_bars(
     return figure
 
 
+def score_bars(scores: Sequence[float], *, xlabel: str) -> Figure:
+    """How many trajectories have which score."""
+    figure, axes = _figure(6.4, 3.2, xlabel=xlabel, ylabel="trajectories")
+    axes.hist(scores, bins=30, color=GREY)
+    return figure
+
+
 def score_histogram(scores: Sequence[float], threshold: float) -> Figure:
     """How many episodes have which score, and where the threshold lies."""
     figure, axes = _figure(6.4, 3.2, xlabel="success probability kept up", ylabel="episodes")

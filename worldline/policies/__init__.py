@@ -1,12 +1,15 @@
-"""Policies from pixels and poses, alike in simulator and dream."""
+"""Policies from pixels and poses, or from low-dimensional observations alone, alike in simulator and dream."""
 
 from typing import Any
 
 from worldline import checkpoint
 from worldline.errors import PolicyError
+from worldline.policies.batched_mlp import BatchedMLP
 from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
 from worldline.policies.heads import draw
+from worldline.policies.states import KIND as STATE_KIND
+from worldline.policies.states import StatePolicies, StatePolicy, StatePolicyConfig
 from worldline.policies.steered import KIND, SteeredPolicy
 from worldline.policies.video_action import VideoActionPolicy
 from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer, Wandering
@@ -14,12 +17,16 @@ from worldline.types import Policy, WorldSpec
 from worldline.worldmodels import video_action
 
 __all__ = [
+    "BatchedMLP",
     "CallablePolicy",
     "ClonedPolicy",
     "Corrupted",
     "EncoderConfig",
     "ObservationEncoder",
     "PolicyConfig",
+    "StatePolicies",
+    "StatePolicy",
+    "StatePolicyConfig",
     "SteeredPolicy",
     "ThroughTokenizer",
     "VideoActionPolicy",
@@ -53,8 +60,11 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
         if unified:
             policy = VideoActionPolicy.from_pretrained(folder)
         else:
-            steered = checkpoint.load_config(folder, part="policy")["kind"] == KIND
-            policy = (SteeredPolicy if steered else ClonedPolicy).from_pretrained(folder)
+            kind = checkpoint.load_config(folder, part="policy")["kind"]
+            if kind.startswith(STATE_KIND):
+                policy = StatePolicy.from_pretrained(folder)
+            else:
+                policy = (SteeredPolicy if kind == KIND else ClonedPolicy).from_pretrained(folder)
     return _with_options(policy, name, options) if options else policy
 
 

@@ -22,6 +22,8 @@ from worldline.policies.heads import DiffusionHead, DiscreteHead, GaussianHead
 from worldline.tokenizers.actions import TwoHot
 from worldline.types import Observation, TensorState, WorldSpec
 
+SCORE_LEVEL = 0.1  # of a diffusion policy's score: noise of a tenth of the normalised range
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
@@ -47,7 +49,7 @@ class PolicyConfig:
 
 
 class ClonedPolicy(nn.Module):
-    """A `Policy` (but with the diffusion head a `StochasticPolicy`) trained by imitation.
+    """A `Policy` trained by imitation; a `StochasticPolicy` but with the diffusion head, a `ScorePolicy` but with the discrete one.
 
     Args:
         config: kind and sizes.
@@ -157,6 +159,35 @@ class ClonedPolicy(nn.Module):
         target = self.action_normalizer.normalize(actions.to(self.low.device)).flatten(1)
         choice = self.head.code.nearest(target) if isinstance(self.head, DiscreteHead) else target
         return self.distribution(observation).log_prob(choice)
+
+    @torch.no_grad()
+    def score(
+        self, observation: Observation, state: TensorState, actions: Float[Tensor, "n m a"]
+    ) -> Float[Tensor, "n m a"]:
+        """Gradient of the log-density of a chunk by its actions, per physical unit.
+
+        A diffusion policy's is that of the density which noise of level `SCORE_LEVEL` has smoothed, by its own denoiser (Tweedie's
+        formula): with x = (1 - level) chunk, -(1 - level) (x - (1 - level) clean(x)) / level^2. Raises `PolicyError` for discretised
+        policies, whose actions have no density.
+        """
+        if isinstance(self.head, DiscreteHead):
+            raise PolicyError(
+                "a policy with a smooth density is required (kind bc or diffusion), got a discretised one"
+            )
+        chunk = self.action_normalizer.normalize(actions.to(self.low.device))
+        unit = self.action_normalizer.normalize(torch.ones_like(chunk)) - self.action_normalizer.normalize(
+            torch.zeros_like(chunk)
+        )
+        flat, features = chunk.flatten(1), self.features(observation)
+        if isinstance(self.head, DiffusionHead):
+            level = torch.full((len(flat),), SCORE_LEVEL, device=flat.device)
+            x = (1 - SCORE_LEVEL) * flat
+            clean = self.head.predict(features, x, level)
+            slope = -(1 - SCORE_LEVEL) * (x - (1 - SCORE_LEVEL) * clean) / SCORE_LEVEL**2
+        else:
+            base = self.head.distribution(features).base_dist
+            slope = (base.mean - flat) / base.variance
+        return slope.view_as(chunk) * unit
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
         checkpoint.save_part(

@@ -19,9 +19,14 @@ def policy_score(policy: Policy, spec: WorldSpec) -> ScoreFunction:
     """The policy's score at every step of trajectories, as `TrajectoryDiffusion.sample` takes it.
 
     Args:
-        spec: of the trajectories. Raises `SpecMismatch` if the policy sees or sends something else.
+        spec: of the trajectories. Raises `SpecMismatch` if the policy sees or sends something else, or decides several actions at once.
     """
     require_same_task(policy.spec, spec, between="policy and trajectories")
+    if (chunk := getattr(policy, "chunk_length", 1)) != 1:
+        raise SpecMismatch(
+            f"a policy that decides one action at a time is required to guide steps of a trajectory, got chunks of {chunk}. "
+            "Train one with a chunk of 1."
+        )
 
     def score(observations: Float[Tensor, "n t o"], actions: Float[Tensor, "n t a"]) -> Float[Tensor, "n t a"]:
         seen, sent = low_dimensional(observations.flatten(0, 1)), actions.flatten(0, 1)[:, None]

@@ -10,7 +10,7 @@ steps that row: these are its whole state, so nothing else carries over. And not
 that the environment would clip them to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -288,15 +288,21 @@ class _Simulator:
 
 
 def collect_trajectories(
-    task: ControlTask, act: Act, *, episodes: int, seed: int, provenance: Mapping[str, str] | None = None
+    task: ControlTask,
+    act: Act,
+    *,
+    episodes: int,
+    seed: int | Sequence[int],
+    provenance: Mapping[str, str] | None = None,
 ) -> Trajectories:
-    """Whole episodes, in step: `act` sees all of them at once (float32). Episode i starts from seed + i, whoever acts.
+    """Whole episodes, in step: `act` sees all of them at once (float32). Episode i starts from seed + i (or seed[i]), whoever acts.
 
     The actions kept are those the environment consumed, after clipping to the spec's range. Raises `SimulatorError` for actions of
     another shape or that are not finite.
     """
     simulator, dim = task._simulator, task.spec.action.dim
-    starts = [simulator.reset(seed + i) for i in range(episodes)]
+    seeds = [seed + i for i in range(episodes)] if isinstance(seed, int) else list(seed)
+    starts = [simulator.reset(s) for s in seeds]
     states = [state for state, _ in starts]
     seen = np.stack([observation for _, observation in starts]).astype(np.float32)
     running, steps = np.ones(episodes, bool), []
@@ -329,7 +335,7 @@ def collect_trajectories(
         next_observations=next_observations,
         terminated=terminated,
         lengths=torch.bincount(row, minlength=episodes),
-        provenance=tuple({**about, "seed": str(seed + i)} for i in range(episodes)),
+        provenance=tuple({**about, "seed": str(s)} for s in seeds),
     )
 
 

@@ -56,7 +56,7 @@ def test_policies_of_another_task_are_named():
         policy_score(Constant(0.0, control_spec("toy", ["x"], [-1.0], [1.0], rate_hz=10.0)), SPEC)
     chunks = Constant(0.0)
     chunks.chunk_length = 8
-    with pytest.raises(SpecMismatch, match="one action at a time is required.*chunks of 8"):
+    with pytest.raises(SpecMismatch, match=r"one action at a time is required.*chunks of 8"):
         policy_score(chunks, SPEC)
 
 

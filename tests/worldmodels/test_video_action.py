@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, fit, locate
+from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded, fit, gaussian_denoiser, locate
 from worldline.data.normalization import RobustNormalizer
-from worldline.diffusion import LevelDistribution
+from worldline.diffusion import LevelDistribution, linear_path, sample_euler, solver_levels
 from worldline.errors import SpecMismatch
 from worldline.types import Clip, WorldModel
+from worldline.worldmodels.trajectories import Guidance
 from worldline.worldmodels.video_action import (
     FORWARD,
     INVERSE,
@@ -23,6 +24,7 @@ from worldline.worldmodels.video_action import (
     VideoActionConfig,
     VideoActionModel,
 )
+from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.queries import Roles, draw_roles
 from worldline.worldmodels.video_action.tokens import Draw
 
@@ -347,3 +349,44 @@ def test_errors_name_what_was_required_and_what_was_got(model):
         VideoActionConfig(frame_levels=narrow, solver_steps=2)
     with pytest.raises(ValueError, match="shares: some of policy, forward, inverse, video, joint required, got plan"):
         VideoActionConfig(shares={"plan": 1.0})
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", [JOINT, POLICY], ids=["joint", "policy"])
+def test_guidance_reaches_the_sampler_row_by_row_and_a_slope_of_zero_moves_nothing(model, query):
+    seen, seeds = first(clip_of(3, 2 + F), 2), torch.arange(3)
+
+    def asked(score):
+        return model.sample(seen, query, seeds=seeds, steps=8, guidance=Guidance(coefficient=0.01), score=score).actions
+
+    free = model.sample(seen, query, seeds=seeds, steps=8).actions
+    assert torch.equal(asked(torch.zeros_like), free)
+    only_first = asked(lambda a: (0.5 - a) * torch.tensor([1.0, 0, 0])[:, None, None, None])
+    assert torch.allclose(only_first[1:], free[1:], atol=1e-6) and not torch.allclose(only_first[0], free[0], atol=1e-3)
+
+
+def test_guided_blocks_of_a_known_distribution_come_nearer_to_what_the_policy_wants():
+    """In place of a network the exact denoiser of N(0, 0.5^2): the more guidance, the nearer; the last step is the model's own."""
+    denoise, levels, scale = gaussian_denoiser(linear_path, 0.0, 0.5), solver_levels(8), 2.0
+    start, told = torch.randn(64, F, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def made(coefficient: float) -> torch.Tensor:
+        def score(actions: torch.Tensor) -> torch.Tensor:
+            told.append(actions.shape)
+            return 1.0 - actions
+
+        physical = lambda blocks: (scale * blocks).unflatten(2, (2, 2))  # noqa: E731
+        steer = steering(physical, POLICY.at(F), Guidance(coefficient=coefficient), score, 8)
+        return physical(sample_euler(lambda x, t: steer(denoise(x, t), t), start, levels, linear_path))
+
+    distance = [float((made(c) - 1).abs().mean()) for c in (0.0, 0.003, 0.01, 0.03)]
+    assert distance[0] > distance[1] > distance[2] > distance[3]
+    assert len(told) == 4 * 7 and told[0] == (64, F, 2, 2)
+
+
+def test_guidance_without_actions_to_find_is_refused(model):
+    clip = clip_of(2, 2 + F)
+    with pytest.raises(SpecMismatch, match="asks for action blocks is required by guidance"):
+        model.sample(first(clip, 2), VIDEO, seeds=torch.arange(2), guidance=Guidance(), score=torch.zeros_like)

@@ -16,16 +16,27 @@ from worldline.eval import action_curves
 from worldline.eval.replays import Replays
 from worldline.eval.videos import video_grid, write_mp4
 from worldline.rl_in_imagination.dream import Dream
-from worldline.types import Clip
+from worldline.rl_in_imagination.guidance import block_score
+from worldline.types import Clip, Observation, Policy
 from worldline.worldmodels import VideoActionModel
+from worldline.worldmodels.trajectories import Guidance
 from worldline.worldmodels.video_action import INVERSE, JOINT, POLICY, VIDEO
 
 
-def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> dict[str, float]:
+def ask(
+    dream: Dream,
+    replays: Replays,
+    mode: str,
+    out: Path,
+    *,
+    seed: int,
+    guide: Policy | None = None,
+    guidance: Guidance | None = None,
+) -> dict[str, float]:
     """Answer `mode` along the first of the replays: write the video and, where actions are found, a plot beside it (OUT with .png).
 
     Returns R2 of the found actions by dimension, where the recorded ones are known and not constant. Raises `WorldlineError` unless the model is a unified
-    one.
+    one. In a joint dream `guide` nudges the actions towards what it would do (policy-guided diffusion).
     """
     model = dream.world_model
     if not isinstance(model, VideoActionModel):
@@ -44,7 +55,7 @@ def ask(dream: Dream, replays: Replays, mode: str, out: Path, *, seed: int) -> d
     if mode in ("policy", "inverse"):
         actions: Tensor | None = _found(model, whole, mode, seed)
     else:
-        made, actions = _dreamt(model, whole, mode, seed)
+        made, actions = _dreamt(dream, model, whole, mode, seed, guide, guidance)
         dreamt = dream.tokenizer.decode(made)
         columns[f"imagined ({mode})"] = {c: torch.cat([frames[c][:, :1], x], 1)[0] for c, x in dreamt.items()}
     write_mp4(out, video_grid(columns), dream.spec.fps)
@@ -87,7 +98,15 @@ def _found(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> Tensor
     return torch.stack(blocks).cpu()
 
 
-def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
+def _dreamt(
+    dream: Dream,
+    model: VideoActionModel,
+    whole: Clip,
+    mode: str,
+    seed: int,
+    guide: Policy | None,
+    guidance: Guidance | None,
+) -> tuple[Mapping[str, Tensor], Tensor | None]:
     """Latents (joint: and blocks "t k a") of as many frames as the episode has, a horizon at a time from the frames imagined so far."""
     seen, t, horizon = _seen(whole, 0, 1), whole.poses.shape[1], model.config.horizon
     latents: dict[str, list[Tensor]] = {c: [] for c in whole.frames}
@@ -96,7 +115,14 @@ def _dreamt(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> tuple
     ahead = horizon if model.config.targets == "dense" else 1
     query = (JOINT if mode == "joint" else VIDEO).first(ahead, horizon)
     for begin in range(0, t - 1, ahead):
-        made = model.sample(seen, query, seeds=torch.tensor([seed + begin]))
+        score = None
+        if guide is not None:
+            images = dream.tokenizer.decode({c: z[:, -1:] for c, z in seen.frames.items()})
+            now = Observation(
+                images={c: x[:, 0] for c, x in images.items()}, pose=seen.poses[:, -1], instruction=seen.instruction
+            )
+            score = block_score(guide, now)
+        made = model.sample(seen, query, seeds=torch.tensor([seed + begin]), guidance=guidance, score=score)
         for c, z in made.latents.items():
             latents[c].append(z.cpu())
         actions.append(made.actions.cpu())

@@ -24,10 +24,12 @@ from worldline.eval.ranking import imagine_replays, replay_diagnostic
 from worldline.eval.replays import Replays, join_replays, load_replays, open_for, range_results, within_range
 from worldline.eval.revisit import revisit_identity
 from worldline.eval.world_model import evaluate_world_model
+from worldline.policies import load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import WorldSpec, require_match
 from worldline.worldmodels import TrainedWorldModel
+from worldline.worldmodels.trajectories import Guidance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,10 @@ class Imagine(SamplingFlags):
     """What is asked (a unified video-action model). forward: what do the recorded actions lead to? policy: which actions would it take
     at each frame? inverse: which led from frame to frame? video: what may happen? joint: what may happen, and by which actions?
     Actions are drawn beside the recorded ones in a plot next to --out."""
+    guide: str | None = None
+    """A policy towards which the actions of a joint dream are moved (policy-guided diffusion)."""
+    guide_coefficient: float = 0.02
+    """How far."""
     instruction: str | None = None
     """Said in place of the episode's own (a model trained with --model.text)."""
     clip_actions: bool = False
@@ -62,6 +68,8 @@ class Imagine(SamplingFlags):
 
     def __post_init__(self) -> None:
         _at_least(self, frames=2, solver_steps=1)
+        if self.guide is not None and self.mode != "joint":
+            raise ValueError(f"--guide is for --mode joint, in which actions are imagined; got --mode {self.mode}")
 
 
 def _at_least(config: Any, **least: int) -> None:
@@ -94,7 +102,12 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
             )
         starts = replace(starts, instruction=(config.instruction,))
     if config.mode != "forward":
-        ask(dream, replace(replays, instruction=starts.instruction), config.mode, config.out, seed=config.seed)
+        guide = None if config.guide is None else load_policy(config.guide, spec=dream.spec)
+        if guide is not None:
+            require_match(dream.spec, guide.spec, between=f"world model and policy {config.guide}")
+        told = replace(replays, instruction=starts.instruction)
+        guidance = Guidance(coefficient=config.guide_coefficient)
+        ask(dream, told, config.mode, config.out, seed=config.seed, guide=guide, guidance=guidance)
         return config.out
     made = rollout(
         dream,

@@ -5,7 +5,7 @@ And the statistics of returns over tasks and seeds: the interquartile mean with 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ Values = Mapping[str, Float[np.ndarray, " s"]]
 """Task -> one number a seed."""
 
 
+@runtime_checkable
 class OneStep(Protocol):
     """A simulator's word on one step from a given observation (`worldline.sim.control.ControlTask`)."""
 

@@ -164,12 +164,10 @@ class StatePolicies(nn.Module):
     def member(self, index: int) -> "StatePolicy":
         """A copy of one member, by itself."""
         alone = StatePolicies(self.config, self.spec, seeds=(0,), mean=self.mean, std=self.std)
-        whole = {name: value if name in ("mean", "std") else value[index : index + 1] for name, value in self._state()}
+        shared = ("mean", "std")
+        whole = {k: v if k in shared else v[index : index + 1] for k, v in self.state_dict().items()}
         alone.load_state_dict(whole)
         return StatePolicy(alone.eval().to(self.mean.device))
-
-    def _state(self) -> list[tuple[str, Tensor]]:
-        return list(self.state_dict().items())
 
     def _require_width(self, observations: Tensor) -> None:
         if observations.shape[-1] != len(self.mean):

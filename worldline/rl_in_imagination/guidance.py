@@ -1,9 +1,12 @@
-"""What guides a trajectory: the gradient of a policy's log-density by the action (Policy-Guided Diffusion 2404.06356).
+"""What guides a trajectory, or a unified model's action blocks: the gradient of a policy's log-density by the action (Policy-Guided
+Diffusion 2404.06356).
 
 Any policy can guide. In this order: one that says its own score (`ScorePolicy`: diffusion policies), one with a density
 (`StochasticPolicy`: Gaussian, tanh-Gaussian), and any other, which counts as a Gaussian around what it does, of one standard deviation
 that is half the action range (the paper's choice for deterministic policies: unit variance where actions lie in [-1, 1]).
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from worldline.data.trajectories import low_dimensional
 from worldline.errors import SpecMismatch
-from worldline.types import Policy, ScorePolicy, StochasticPolicy, WorldSpec
+from worldline.types import Observation, Policy, ScorePolicy, StochasticPolicy, WorldSpec
 from worldline.worldmodels.trajectories import ScoreFunction
 
 
@@ -28,20 +31,50 @@ def policy_score(policy: Policy, spec: WorldSpec) -> ScoreFunction:
             "Train one with a chunk of 1."
         )
 
+    slope = chunk_score(policy)
+
     def score(observations: Float[Tensor, "n t o"], actions: Float[Tensor, "n t a"]) -> Float[Tensor, "n t a"]:
-        seen, sent = low_dimensional(observations.flatten(0, 1)), actions.flatten(0, 1)[:, None]
-        state = policy.reset(len(sent))
+        found = slope(low_dimensional(observations.flatten(0, 1)), actions.flatten(0, 1)[:, None])
+        return found[:, 0].unflatten(0, observations.shape[:2])
+
+    return score
+
+
+def chunk_score(policy: Policy) -> Callable[[Observation, Tensor], Tensor]:
+    """(observation of n rows, chunks "n m a") to the gradient of their log-density, per physical unit; the policy remembers nothing."""
+    low, high = torch.tensor(policy.spec.action.low), torch.tensor(policy.spec.action.high)
+
+    def score(observation: Observation, chunk: Float[Tensor, "n m a"]) -> Float[Tensor, "n m a"]:
+        state = policy.reset(len(chunk))
         if isinstance(policy, ScorePolicy):
-            slope = policy.score(seen, state, sent)
-        elif isinstance(policy, StochasticPolicy):
+            return policy.score(observation, state, chunk)
+        if isinstance(policy, StochasticPolicy):
             with torch.enable_grad():
-                at = sent.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(policy.log_prob(seen, state, at).sum(), at)
-        else:
-            chunk, _ = policy.act(seen, state, seeds=torch.zeros(len(sent), dtype=torch.long))
-            low, high = torch.tensor(policy.spec.action.low), torch.tensor(policy.spec.action.high)
-            slope = (chunk[:, :1].to(sent) - sent) / ((high - low) / 2).to(sent).square()
-        return slope[:, 0].unflatten(0, observations.shape[:2])
+                at = chunk.detach().requires_grad_()
+                return torch.autograd.grad(policy.log_prob(observation, state, at).sum(), at)[0]
+        own, _ = policy.act(observation, state, seeds=torch.zeros(len(chunk), dtype=torch.long))
+        return (own[:, : chunk.shape[1]].to(chunk) - chunk) / ((high - low) / 2).to(chunk).square()
+
+    return score
+
+
+def block_score(policy: Policy, observation: Observation) -> Callable[[Tensor], Tensor]:
+    """The policy's score of imagined action blocks "n f k a" that follow what is seen now: of the chunk that it would decide, 0 beyond.
+
+    Raises `SpecMismatch` if the chunk is longer than the blocks.
+    """
+    slope = chunk_score(policy)
+
+    def score(blocks: Float[Tensor, "n f k a"]) -> Float[Tensor, "n f k a"]:
+        flat, m = blocks.flatten(1, 2), getattr(policy, "chunk_length", 1)
+        if m > flat.shape[1]:
+            raise SpecMismatch(
+                f"a policy whose chunk fits the imagined blocks is required to guide them: {flat.shape[1]} actions, got a chunk of {m}. "
+                "Use a model with a longer --model.horizon, or a policy with a shorter chunk."
+            )
+        found = torch.zeros_like(flat)
+        found[:, :m] = slope(observation, flat[:, :m].cpu()).to(flat)
+        return found.view_as(blocks)
 
     return score
 

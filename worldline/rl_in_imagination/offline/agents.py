@@ -93,8 +93,13 @@ class StateIQLConfig:
             )
 
 
-def reach_aware(config: TD3BCConfig, *, critics: int = 10, diversity: float = 1.0) -> TD3BCConfig:
-    """The same agent with an ensemble of critics, kept diverse, whose least value is learned from and maximised (see `reach`)."""
+def reach_aware(config: TD3BCConfig, *, critics: int = 10, diversity: float = 0.0) -> TD3BCConfig:
+    """The same agent with an ensemble of critics whose least value is learned from and maximised (see `reach`).
+
+    `diversity` counts beside squared errors of values, so its size depends on theirs: published values (1 and more) are for values in
+    the hundreds. On the plane of tests/rl_in_imagination/test_reach.py, values up to 10, more critics were the cure, a diversity of 0.01
+    changed nothing, and one of 0.1 or 1 did harm.
+    """
     return replace(config, critics=critics, diversity=diversity, maximise="least")
 
 

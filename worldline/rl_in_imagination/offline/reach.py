@@ -9,8 +9,9 @@ learned ones, values run away. Only states that lie *beyond* all starts are at r
 policy-guided diffusion's do) most last states are other windows' first.
 
 The cure is pessimism where nobody has looked. Critics that were initialised apart agree where they were trained and part elsewhere, so
-the least of K of them is low at the edge and harmless inside. Critics that generalise alike would not part: they are kept diverse by
-asking that their slopes along the action differ, as EDAC has it (An et al. 2110.01548, equation 4). `agents.reach_aware` turns both on.
+the least of K of them is low at the edge and harmless inside. Critics that all extrapolate alike do not part, and then no ensemble helps:
+where rewards rise steadily towards the edge, for one. They can be kept diverse by asking that their slopes along the action differ (An et
+al. 2110.01548, equation 4). `agents.reach_aware` sets an agent up for it.
 """
 
 import torch

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from worldline.diffusion import LogNormalSigmas
 
 PUBLISHED_STEPS = 256  # of the paper's solver: its coefficients are for so many nudges
@@ -58,6 +60,13 @@ class Guidance:
         return (
             self.coefficient * PUBLISHED_STEPS / steps * ((1 - i / steps) + 0.3 * math.sin(math.pi * (i + 1) / steps))
         )
+
+    def move(self, slope: Tensor, step: int, steps: int) -> Tensor:
+        """How far a step moves the actions of n rows, of the slope "n ..." of their log-density. A slope of zero moves nothing."""
+        if self.normalised:
+            norm = slope.flatten(1).norm(dim=1).view(-1, *[1] * (slope.ndim - 1))
+            slope = slope / norm.where(norm > 0, 1.0)
+        return self.weight(step, steps) * slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,11 +154,8 @@ class TrajectoryDiffusion(nn.Module):
                 f"a finite score of the policy is required, got NaN or infinity in solver step {step} of {steps}. "
                 "Its standard deviation may have collapsed; its observations may be others than the model's."
             )
-        if guidance.normalised:
-            norm = slope.flatten(1).norm(dim=1)[:, None, None]
-            slope = slope / norm.where(norm > 0, 1.0)  # zero stays zero
         moved = z.clone()
-        moved[..., self.layout.o : self.layout.o + self.layout.a] += guidance.weight(step, steps) * slope
+        moved[..., self.layout.o : self.layout.o + self.layout.a] += guidance.move(slope, step, steps)
         return moved
 
     def _require_near(self, z: Float[Tensor, "n t d"], guidance: Guidance | None) -> None:

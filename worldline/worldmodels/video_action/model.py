@@ -5,7 +5,7 @@ it imagines `chunk` frames a call from the last `history` frames, by the forward
 asked for, and what lies beyond is absent, as in training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, TensorState, WorldSpec
 from worldline.worldmodels.autoregressive import body_of
 from worldline.worldmodels.language import text_encoder
+from worldline.worldmodels.trajectories.config import Guidance
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
+from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles, video_alone
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
@@ -197,12 +199,16 @@ class VideoActionModel(nn.Module):
         frames: Mapping[str, Float[Tensor, "n _given c _h _w"]] | None = None,
         actions: Float[Tensor, "n _given k a"] | None = None,
         steps: int | None = None,
+        guidance: Guidance | None = None,
+        score: Callable[[Tensor], Tensor] | None = None,
     ) -> VideoActions:
         """Answer `query` from the frames seen so far (raw latents "n t c h w", t >= 1).
 
         Args:
             frames, actions: what the query says is given, in order: as many frames and blocks as have that role.
             steps: of the solver, instead of the config's. Raises `ValueError` for levels that training never showed.
+            guidance, score: move the estimate of the blocks that are asked for, in every step but the last, along the gradient of a
+                policy's log-density, blocks "n g k a" to "n g k a" (policy-guided diffusion).
 
         Raises `SpecMismatch` for givens of another number or size, and for actions that are not finite.
         """
@@ -216,7 +222,10 @@ class VideoActionModel(nn.Module):
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
         at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
-        made = self.answer(known, given, query, Draw(seeds=seeds, frame=at, steps=steps))
+        draw = Draw(seeds=seeds, frame=at, steps=steps)
+        if guidance is not None and score is not None:
+            draw = replace(draw, steer=steering(self.physical, query, guidance, score, steps))
+        made = self.answer(known, given, query, draw)
         g = [i for i, role in enumerate(query.actions) if role != Role.ABSENT]
         return VideoActions(
             latents=unwhiten({c: x[:, f] for c, x in made.frames.items()}, self.latent_spec),

@@ -9,7 +9,7 @@ A coming frame's tokens hold what is shown of it and, beside it, the current fra
 from that, and an untrained network answers the current frame. What modulates them is the block that leads to them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,8 @@ class Draw:
     """How an answer is sampled: noise is a function of a row's seed "n" and of the number of its current frame "n"; `steps` of the solver.
 
     plan: blocks "n f k*a" to begin from, at level `warm`, instead of pure noise. noise: "n f k*a", that of the blocks, instead of the
-    seeds' own. rounds: passes in which a video is filled in; of UVA alone.
+    seeds' own. rounds: passes in which a video is filled in; of UVA alone. steer: (estimate of the clean blocks, level "n") to what shall
+    stand in its place: guidance.
     """
 
     seeds: Tensor
@@ -93,6 +94,7 @@ class Draw:
     noise: Tensor | None = None
     warm: float = 1.0
     rounds: int = 1
+    steer: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

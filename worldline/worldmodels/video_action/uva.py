@@ -11,7 +11,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -256,12 +256,33 @@ class UnifiedVideoAction(nn.Module):
             at = torch.full((len(x),), draw.warm, device=x.device)
             x, levels = add_noise(linear_path, draw.plan[:, found.blocks], x, at), draw.warm * levels
         made = actions.clone()
-        made[:, found.blocks] = _denoised(self.action_head, x, found.actions, torch.zeros_like(x), levels).to(made)
+        steer = None
+        if draw.steer is not None:
+            whole, move = torch.zeros_like(actions), draw.steer
+
+            def steer(clean: Tensor, level: Tensor) -> Tensor:
+                shown = whole.clone()
+                shown[:, found.blocks] = clean.view_as(x)
+                return move(shown, level[: len(x)])[:, found.blocks].reshape(clean.shape)
+
+        base = torch.zeros_like(x)
+        made[:, found.blocks] = _denoised(self.action_head, x, found.actions, base, levels, steer).to(made)
         return made
 
 
-def _denoised(head: TokenHead, x: Tensor, latent: Tensor, base: Tensor, levels: Tensor) -> Tensor:
-    """Tokens "... size" denoised one by one."""
+def _denoised(
+    head: TokenHead,
+    x: Tensor,
+    latent: Tensor,
+    base: Tensor,
+    levels: Tensor,
+    steer: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Tokens "... size" denoised one by one; `steer` as in `Draw`, of tokens in one column."""
     z, b = latent.reshape(-1, latent.shape[-1]), base.reshape(-1, base.shape[-1])
-    made = sample_euler(lambda y, level: head(y, level, z, b), x.reshape(-1, x.shape[-1]), levels, linear_path)
-    return made.reshape(x.shape)
+
+    def predict(y: Tensor, level: Tensor) -> Tensor:
+        clean = head(y, level, z, b)
+        return clean if steer is None else steer(clean, level)
+
+    return sample_euler(predict, x.reshape(-1, x.shape[-1]), levels, linear_path).reshape(x.shape)

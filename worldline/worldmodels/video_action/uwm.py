@@ -110,7 +110,10 @@ class UnifiedWorld(nn.Module):
 
         def predict(flat: Tensor, level: Tensor) -> Tensor:
             shown = given.pick(roles, given.like(flat))
-            return self.predict(known, shown, roles, level, level).flat()
+            made = self.predict(known, shown, roles, level, level)
+            if draw.steer is not None:
+                made = replace(made, actions=draw.steer(made.actions, level))
+            return made.flat()
 
         return given.pick(roles, given.like(sample_euler(predict, start.flat(), levels, linear_path)))
 

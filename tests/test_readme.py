@@ -70,6 +70,8 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                 "scorer",
                 "policy",
                 "offline",
+                "trajectory",
+                "dynamics",
                 "probe",
             )
         ),
@@ -78,6 +80,8 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("commands.ranking", "run_rank"),
         ("commands.refining", "run_refine"),
         ("commands.synthesizing", "run_synthesize"),
+        ("commands.synthesizing_trajectories", "run_synthesize_trajectories"),
+        ("commands.offline_rl", "run_offline_rl"),
         ("commands.showing", "run_show"),
     ):
         monkeypatch.setattr(importlib.import_module(f"worldline.{module}"), function, stub)

@@ -257,8 +257,14 @@ def _synthesize(rest: list[str]) -> None:
 
 def _offline_rl(rest: list[str]) -> None:
     from worldline.commands.offline_rl import OfflineRL, run_offline_rl
+    from worldline.commands.outputs import release_claim
 
-    out = run_offline_rl(_parse(OfflineRL, "offline-rl", rest))
+    config = _parse(OfflineRL, "offline-rl", rest)
+    try:
+        out = run_offline_rl(config)
+    except WorldlineError:
+        release_claim(config.out)
+        raise
     print(f"done: {out / 'report.html'}; the policies are {out}/seed-N")
 
 

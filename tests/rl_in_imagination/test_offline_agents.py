@@ -173,11 +173,13 @@ def test_a_batch_is_a_fixed_mix_of_each_members_own_rows_as_they_are() -> None:
     for member in range(2):
         assert torch.isin(batch.rewards[member, :12], made.rewards[member]).all()
         assert torch.isin(batch.rewards[member, 12:], real.rewards).all()
-        row = int((made.rewards[member] == batch.rewards[member, 4]).nonzero())
-        seen = made.observations[member, row]
-        assert torch.allclose(batch.observations[member, 4], (seen - scaling.mean) / scaling.std, atol=1e-6)
-        assert torch.allclose(2 * batch.actions[member, 4], made.actions[member, row], atol=1e-6)  # range [-2, 2]
-        assert bool(batch.terminated[member, 4]) == bool(made.terminated[member, row])
+        rows = (made.rewards[member] == batch.rewards[member, :12, None]).nonzero()[:, 1]
+        for name in ("observations", "next_observations"):
+            seen = getattr(made, name)[member, rows]
+            assert torch.allclose(getattr(batch, name)[member, :12], (seen - scaling.mean) / scaling.std, atol=1e-6)
+        assert torch.allclose(2 * batch.actions[member, :12], made.actions[member, rows], atol=1e-6)  # range [-2, 2]
+        assert torch.equal(batch.terminated[member, :12], made.terminated[member, rows])
+    assert bool(batch.terminated.any())
     again = Replay(real, policies, scaling, seeds=seeds, batch_size=16, synthetic=12)
     again.put(made, update=0)
     assert torch.equal(again.batch(3).rewards, batch.rewards) and not torch.equal(

@@ -197,7 +197,7 @@ def _report(config: OfflineRL, found: OfflineRun, made_from: Mapping[str, Any]) 
     report.write(config.out, results)
 
 
-def _band(points: list[tuple[int, Tensor]]) -> dict[str, list[float]]:
+def _band(points: list[tuple[int, Tensor]]) -> dict[str, list[Any]]:
     return {
         "frame": [update for update, _ in points],
         "mean": [float(v.mean()) for _, v in points],

@@ -1,0 +1,110 @@
+"""Offline RL through the command line: data in, models, policies, imagined data out; and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.conftest import Run, do
+from tests.commands.test_all_verbs import results
+from tests.worldmodels.test_trajectories import SPEC, wander
+from worldline.data.minari import read_minari, write_minari
+from worldline.policies import load_policy
+from worldline.policies.states import StatePolicy
+from worldline.sim.control import collect_trajectories, make_control
+
+LOOP = ["--loop.batch-size", 8, "--loop.warmup", 1]
+SMALL = ["--model.length", 8, "--model.width", 16, "--model.depth", 2, "--model.solver.steps", 3]
+AGENT = ["--seeds", 2, "--td3bc.hidden", 16, 16, "--iql.hidden", 16, 16, "--train.updates", 6, "--train.batch-size", 16,
+         "--train.synthetic", 12, "--train.synthesise-every", 3, "--train.log-every", 2, "--train.evaluate-every", 3,
+         "--trajectories", 5]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("offline")
+    write_minari(wander(40), out / "data")
+    do("train", "trajectory", "--data", out / "data", "--out", out / "traj", "--max-steps", 3, *LOOP, *SMALL)
+    do("train", "dynamics", "--data", out / "data", "--out", out / "dyn", "--max-steps", 3, *LOOP, "--model.hidden", 16)
+    return out
+
+
+@pytest.mark.parametrize("source", ["real", "guided", "unguided", "autoregressive"])
+@pytest.mark.parametrize("agent", ["td3bc", "iql"])
+def test_agents_learn_from_every_kind_of_data(home, worldline: Run, tmp_path, source, agent):
+    made_by = {
+        "real": [],
+        "guided": ["--trajectory-model", home / "traj"],
+        "unguided": ["--trajectory-model", home / "traj", "--guidance.coefficient", 0.0],
+        "autoregressive": ["--dynamics", home / "dyn"],
+    }[source]
+    out = tmp_path / "run"
+    said = worldline("offline-rl", "--data", home / "data", "--agent", agent, "--out", out, *made_by, *AGENT)
+    assert said.code == 0, said.err
+    found = results(out, videos=False)
+    assert found["seeds"] == [0, 1] and bool(found["made_from"]) == (source != "real")
+    assert "train/q" in found["history"] and len(found["history"]["train/q"][0][1]) == 2
+    policy = load_policy(str(out / "seed-1"), spec=SPEC)
+    assert isinstance(policy, StatePolicy)
+
+
+def test_policies_are_judged_in_the_simulator_and_a_run_goes_on(worldline: Run, tmp_path):
+    task = make_control("pointmaze/umaze")
+    draw = torch.Generator().manual_seed(0)
+    data = collect_trajectories(task, lambda seen: torch.rand(len(seen), 2, generator=draw) * 2 - 1, episodes=2, seed=5)
+    write_minari(data, tmp_path / "maze")
+    command = ["offline-rl", "--data", tmp_path / "maze", "--task", "pointmaze/umaze", "--episodes", 1, "--out",
+               tmp_path / "run", *AGENT]  # fmt: skip
+    assert worldline(*command).code == 0
+    first = results(tmp_path / "run", videos=False)
+    assert [r["update"] for r in first["returns"]] == [0, 3, 6]
+    assert worldline(*command).code == 0 and results(tmp_path / "run", videos=False) == first
+    said = worldline(*command, "--td3bc.alpha", 1.0)
+    assert said.code == 2 and "holds a run with other settings" in said.err
+    said = worldline("offline-rl", "--data", tmp_path / "maze", "--task", "hopper", "--out", tmp_path / "other", *AGENT)
+    assert said.code == 2 and "--task hopper: data of this task required (11 numbers seen, 3 sent)" in said.err
+
+
+def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run, tmp_path):
+    run = ["offline-rl", "--data", home / "data", "--out", tmp_path / "run", *AGENT]
+    assert worldline(*run).code == 0
+    make = ["synthesize", "--trajectory-model", home / "traj", "--trajectories", 7]
+    said = worldline(*make, "--policy", tmp_path / "run" / "seed-0", "--out", tmp_path / "made")
+    assert said.code == 0, said.err
+    made = read_minari(tmp_path / "made")
+    assert len(made) == 7 and made.spec == SPEC
+    about = made.provenance[3]
+    assert about["coefficient"] == "0.1" and about["seed"] == "3" and float(about["score"]) < 0
+    assert results(tmp_path / "made" / "synthesis", videos=False)["trajectories"] == 7
+    both = worldline("offline-rl", "--data", home / "data", tmp_path / "made", "--out", tmp_path / "both", *AGENT)
+    assert both.code == 0, both.err
+    free = worldline(*make, "--out", tmp_path / "free")
+    assert free.code == 0 and "score" not in read_minari(tmp_path / "free").provenance[0]
+    said = worldline(*make, "--out", tmp_path / "free")
+    assert said.code == 2 and "a new folder is required, this exists" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--trajectory-model", "traj", "--dynamics", "dyn"], "--trajectory-model or --dynamics required"),
+        (["--agent", "iql", "--reach-aware", True], "--reach-aware is of TD3+BC"),
+        (["--trajectory-model", "dyn"], "a trajectory-model is required here, this is a dynamics"),
+        (["--trajectory-model", "traj", "--guidance.coefficient", -1.0], "coefficient of at least 0 is required"),
+        (["--trajectory-model", "traj", "--guidance.coefficient", 1e12], "near the data are required"),
+        (["--seeds", 0], "trajectories and episodes of at least 1"),
+    ],
+)
+def test_what_does_not_go_together_is_said(home, worldline: Run, tmp_path, flags, expected):
+    flags = [home / flag if flag in ("traj", "dyn") else flag for flag in flags]
+    said = worldline("offline-rl", "--data", home / "data", "--out", tmp_path / "run", *AGENT, *flags)
+    assert said.code == 2 and expected in said.err, said.err
+
+
+def test_a_model_of_another_task_is_refused(home, worldline: Run, tmp_path):
+    task = make_control("pointmaze/umaze")
+    data = collect_trajectories(task, lambda seen: torch.zeros(len(seen), 2), episodes=1, seed=5)
+    write_minari(data, tmp_path / "maze")
+    said = worldline("offline-rl", "--data", tmp_path / "maze", "--trajectory-model", home / "traj", "--out",
+                     tmp_path / "run", *AGENT)  # fmt: skip
+    assert said.code == 2 and "policy and trajectory model do not fit" in said.err and "required 1 numbers" in said.err

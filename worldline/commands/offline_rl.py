@@ -62,7 +62,7 @@ class OfflineRL:
     td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
     iql: StateIQLConfig = field(default_factory=StateIQLConfig)
     reach_aware: bool = False
-    """TD3+BC with ten diverse critics whose least counts: imagined trajectories that are cut off bootstrap from states that no critic was
+    """TD3+BC with ten critics, of which the least counts: imagined trajectories that are cut off bootstrap from states that no critic was
     ever taught (Reach-Aware Value Learning)."""
     train: OfflineConfig = field(default_factory=lambda: OfflineConfig(updates=50_000))
     task: str | None = None

@@ -115,9 +115,9 @@ class TrajectoryDiffusion(nn.Module):
         config = self.config
         length = config.length if length is None else length
         config.check_length(length)
-        guided = guidance is not None and guidance.coefficient > 0
-        if guided and score is None:
-            raise ValueError(f"guidance by {guidance.coefficient} requires a policy's score, got none")
+        by = guidance if guidance is not None and guidance.coefficient > 0 else None
+        if by is not None and score is None:
+            raise ValueError(f"guidance by {by.coefficient} requires a policy's score, got none")
         solver, shape = config.solver, (length, self.layout.width)
         device = self.layout.mean.device
         seeds = seeds.to(device)
@@ -126,8 +126,8 @@ class TrajectoryDiffusion(nn.Module):
             return row_noise(seeds, 0, step, shape)
 
         def move(step: int, z: Tensor) -> Tensor:
-            assert guidance is not None and score is not None
-            return self._moved(z, guidance, score, step, solver.steps)
+            assert by is not None and score is not None
+            return self._moved(z, by, score, step, solver.steps)
 
         z = sample_edm(
             self.denoise,
@@ -139,10 +139,10 @@ class TrajectoryDiffusion(nn.Module):
             inflate=solver.inflate,
             heun=solver.heun,
             noise=noise,
-            nudge=move if guided and guidance.on == "noised" else None,
-            correct=move if guided and guidance.on == "denoised" else None,
+            nudge=move if by is not None and by.on == "noised" else None,
+            correct=move if by is not None and by.on == "denoised" else None,
         )
-        self._require_near(z, guidance)
+        self._require_near(z, by)
         return self.layout.unpack(z)
 
     def _moved(self, z: Tensor, guidance: Guidance, score: ScoreFunction, step: int, steps: int) -> Tensor:

@@ -57,8 +57,9 @@ class TemporalUNet(nn.Module):
         self.bottom = ResidualBlock(widths[-1], widths[-1], embedding)
         self.widen = nn.ModuleList(nn.ConvTranspose1d(v, w, 4, stride=2, padding=1) for w, v in zip(widths, widths[1:]))
         self.up = nn.ModuleList(ResidualBlock(2 * w, w, embedding) for w in widths)
-        self.leave = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv1d(width, steps_width, 3, padding=1))
-        nn.init.zeros_(self.leave[-1].weight)
+        last = nn.Conv1d(width, steps_width, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.leave = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), last)
 
     def forward(self, steps: Float[Tensor, "n t d"], noise: Float[Tensor, " n"]) -> Float[Tensor, "n t d"]:
         embedded, held = self.embed(noise), []

@@ -256,17 +256,18 @@ class UnifiedVideoAction(nn.Module):
             at = torch.full((len(x),), draw.warm, device=x.device)
             x, levels = add_noise(linear_path, draw.plan[:, found.blocks], x, at), draw.warm * levels
         made = actions.clone()
-        steer = None
-        if draw.steer is not None:
-            whole, move = torch.zeros_like(actions), draw.steer
+        move, whole, places = draw.steer, torch.zeros_like(actions), found.blocks
 
-            def steer(clean: Tensor, level: Tensor) -> Tensor:
-                shown = whole.clone()
-                shown[:, found.blocks] = clean.view_as(x)
-                return move(shown, level[: len(x)])[:, found.blocks].reshape(clean.shape)
+        def steer(clean: Tensor, level: Tensor) -> Tensor:
+            assert move is not None
+            shown = whole.clone()
+            shown[:, places] = clean.view_as(x)
+            return move(shown, level[: len(x)])[:, places].reshape(clean.shape)
 
         base = torch.zeros_like(x)
-        made[:, found.blocks] = _denoised(self.action_head, x, found.actions, base, levels, steer).to(made)
+        made[:, found.blocks] = _denoised(self.action_head, x, found.actions, base, levels, steer if move else None).to(
+            made
+        )
         return made
 
 

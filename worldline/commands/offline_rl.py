@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from worldline.checkpoint import to_json
@@ -106,6 +107,7 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
         evaluate=None if task is None else judge(task, config.episodes),
         out=config.out,
         provenance=made_from,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         progress=progress,
     )
     _report(config, found, made_from)
@@ -147,7 +149,8 @@ def judge(task: ControlTask, episodes: int, *, starts: int = STARTS) -> Evaluate
 
     def evaluate(policies: StatePolicies, update: int) -> Mapping[str, Tensor]:
         def act(seen: Tensor) -> Tensor:
-            return policies.act(seen.unflatten(0, (policies.members, episodes))).flatten(0, 1)
+            own = seen.to(policies.mean.device).unflatten(0, (policies.members, episodes))
+            return policies.act(own).flatten(0, 1).cpu()
 
         seeds = [starts + i for i in range(episodes)] * policies.members
         found = collect_trajectories(task, act, episodes=len(seeds), seed=seeds)

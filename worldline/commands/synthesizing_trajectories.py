@@ -49,7 +49,7 @@ class SynthesizeTrajectories:
             raise ValueError(f"trajectories and batch of at least 1 required, got {self.trajectories} and {self.batch}")
 
 
-def run_synthesize_trajectories(config: SynthesizeTrajectories) -> Path:
+def run_synthesize_trajectories(config: SynthesizeTrajectories, *, progress: bool = True) -> Path:
     """Sample, score, write; returns the dataset's folder. Raises `SpecMismatch` if model and policy are of different tasks."""
     if config.out.exists():
         raise WorldlineError(
@@ -65,7 +65,8 @@ def run_synthesize_trajectories(config: SynthesizeTrajectories) -> Path:
     if policy is not None:
         about |= {"coefficient": f"{config.guidance.coefficient:g}", "guided_on": config.guidance.on}
     guidance = config.guidance if policy is not None else None
-    made = model.generate(seeds, guidance=guidance, score=score, provenance=about, batch=config.batch)
+    options: dict[str, Any] = {"batch": config.batch, "progress": progress}
+    made = model.generate(seeds, guidance=guidance, score=score, provenance=about, **options)
     scores = trajectory_scores(made, policy)
     if scores is not None:
         told = tuple({**p, "score": f"{float(s):.4f}"} for p, s in zip(made.provenance, scores))

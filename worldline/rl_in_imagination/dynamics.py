@@ -109,7 +109,7 @@ class DynamicsEnsemble(nn.Module):
         noise = row_noise(seeds, at, 1, (o + 3,)).to(mean)
         chance = 0.5 * (1 + torch.erf(noise[:, -2:] / 2**0.5))  # uniform
         member = (chance[:, 0] * e).long().clamp(max=e - 1)
-        rows = torch.arange(len(observations))
+        rows = torch.arange(len(observations), device=observations.device)
         mean, spread = mean[member, rows], (0.5 * log_variance[member, rows]).exp()
         change = (mean + spread * noise[:, : o + 1]) * self.change_std + self.change_mean
         following = (observations + change[:, :o]).clamp(self.least, self.most)
@@ -131,7 +131,7 @@ class DynamicsEnsemble(nn.Module):
             then = self.step(now, actions, seeds=seeds, at=at)
             parts.append((now, actions, then.rewards, then.terminated))
             now = then.observations
-        windows = Windows(*(torch.stack(x, 1) for x in zip(*parts)))
+        windows = Windows(*(torch.stack(x, 1).cpu() for x in zip(*parts)))
         about = tuple({**(provenance or {}), "seed": str(int(seed))} for seed in seeds)
         return as_trajectories(windows, self.spec, about)
 

@@ -29,6 +29,7 @@ def by_diffusion(
 
     def synthesise(policies: StatePolicies, update: int) -> SyntheticTables:
         require_same_task(policies.spec, model.spec, between="policy and trajectory model")
+        model.to(policies.mean.device)
         rows = row_seeds(seeds, update, trajectories)
         share = max(1, _ROWS // len(seeds))
         parts = [
@@ -53,6 +54,7 @@ def by_rollout(
 
     def synthesise(policies: StatePolicies, update: int) -> SyntheticTables:
         require_same_task(policies.spec, model.spec, between="policy and dynamics")
+        model.to(device := policies.mean.device)
         rows = row_seeds(seeds, update, trajectories)
         found = []
         for j, own in enumerate(rows):
@@ -63,7 +65,7 @@ def by_rollout(
             def act(now: Tensor, alone: StatePolicies = alone) -> Tensor:
                 return alone.act(now[None])[0]
 
-            found.append(model.rollout(act, chosen, steps=steps, seeds=own))
+            found.append(model.rollout(act, chosen.to(device), steps=steps, seeds=own.to(device)))
         return tables(found)
 
     return synthesise

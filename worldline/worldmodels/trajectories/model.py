@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from worldline import checkpoint
 from worldline.data.trajectories import Trajectories
@@ -95,9 +96,14 @@ class TrajectoryDiffusion(nn.Module):
         score: ScoreFunction | None = None,
         provenance: Mapping[str, str] | None = None,
         batch: int = 1024,
+        progress: bool = False,
     ) -> Trajectories:
         """As `sample`, as episodes of up to length - 1 transitions that begin anywhere; each says what it came of."""
-        parts = [self.sample_windows(s, guidance=guidance, score=score) for s in seeds.split(batch)]
+        parts = []
+        with tqdm(total=len(seeds), unit="trajectory", disable=not progress) as bar:
+            for some in seeds.split(batch):
+                parts.append(self.sample_windows(some, guidance=guidance, score=score))
+                bar.update(len(some))
         windows = Windows(*(torch.cat(x).cpu() for x in zip(*parts)))
         about = tuple({**(provenance or {}), "seed": str(int(seed))} for seed in seeds)
         return as_trajectories(windows, self.spec, about)

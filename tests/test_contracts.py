@@ -243,18 +243,26 @@ class Denoiser:
         return state, Imagination(latents={c: torch.stack(z, 1) for c, z in latents.items()}, poses=poses)
 
     def _mean(self, context) -> Tensor:
-        state, actions = context
+        seen, actions = context
+        state = self.observe(seen)
         return self.gain * (0.5 * state.tensors["wrist"].flatten(1) + effect(actions[:, 0])[:, None])[None]
 
-    def sample_traced(self, state, actions, *, seeds):
-        noise, mean = row_noise(seeds, 0, 0, (3,)), self._mean((state, actions)).detach()
+    def sample_traced(self, seen, actions, *, seeds, steps=1, eta=1.0):
+        noise, mean = row_noise(seeds, 0, 0, (3,)), self._mean((seen, actions)).detach()
         x = torch.stack([noise, mean[0] + self.std * row_noise(seeds, 0, 1, (3,))])
         return Trace(
-            std=torch.tensor([self.std]), mean=mean, x=x, level=torch.tensor([1.0, 0.0]), context=(state, actions)
+            std=torch.tensor([self.std]), mean=mean, x=x, level=torch.tensor([1.0, 0.0]), context=(seen, actions)
         )
 
+    def trace_means(self, trace):
+        return self._mean(trace.context)
+
+    def dreamt(self, trace):
+        wrist = trace.x[-1][:, None, :, None, None]
+        return Imagination(latents={"wrist": wrist}, poses=trace.x.new_zeros(len(wrist), 1, A))
+
     def log_prob(self, trace):
-        normal = torch.distributions.Normal(self._mean(trace.context), trace.std.view(-1, 1, 1))
+        normal = torch.distributions.Normal(self.trace_means(trace), trace.std.view(-1, 1, 1))
         return normal.log_prob(trace.x[1:]).sum((0, 2))
 
 
@@ -300,21 +308,24 @@ def test_imagining_in_two_calls_is_imagining_in_one() -> None:
 
 
 def test_a_trace_gives_its_probability_again_with_gradients() -> None:
-    model, state, _ = observed()
-    trace = model.sample_traced(state, torch.rand(B, 1, K, A), seeds=torch.arange(B))
+    model, _, real = observed()
+    seen = replace(real, frames=MeanColor().encode(real.frames))
+    trace = model.sample_traced(seen, torch.rand(B, 1, K, A), seeds=torch.arange(B))
     log_prob = model.log_prob(trace)
     expected = torch.distributions.Normal(trace.mean[0], 0.1).log_prob(trace.x[1]).sum(1)
     assert torch.allclose(log_prob, expected, atol=1e-4)
     (gradient,) = torch.autograd.grad(log_prob.sum(), model.gain)
     mean = trace.mean[0] / model.gain.detach()
     by_hand = ((trace.x[1] - trace.mean[0]) / 0.1**2 * mean).sum()
+    assert model.dreamt(trace).latents["wrist"].shape[:2] == (B, 1)
     assert torch.allclose(gradient, by_hand, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [{"level": torch.tensor([1.0])}, {"x": torch.zeros(1, B, 3)}, {"std": torch.ones(2)}])
 def test_a_trace_of_inconsistent_length_cannot_be_made(bad: dict) -> None:
-    model, state, _ = observed()
-    trace = model.sample_traced(state, torch.rand(B, 1, K, A), seeds=torch.arange(B))
+    model, _, real = observed()
+    seen = replace(real, frames=MeanColor().encode(real.frames))
+    trace = model.sample_traced(seen, torch.rand(B, 1, K, A), seeds=torch.arange(B))
     with pytest.raises(TypeCheckError):
         replace(trace, **bad)
 

@@ -209,7 +209,7 @@ class Trace:
 
     std: Float[Tensor, " s"]
     mean: Float[Tensor, "s n *x"]
-    x: Float[Tensor, "s+1 n *x"]  # x[0] is the initial noise, x[-1] the sample
+    x: Float[Tensor, "s+1 n *x"]  # from noise to the sample, or to what a last step without density makes it of
     level: Float[Tensor, " s+1"]
     context: Any
 
@@ -290,11 +290,17 @@ class WorldModel(Protocol):
 
 @runtime_checkable
 class TracedWorldModel(WorldModel, Protocol):
-    """A world model that reinforcement learning can train: stochastic paths with exact log-probabilities."""
+    """Stochastic paths with exact log-probabilities, differentiated also through what the weights made of what was `seen`."""
 
-    def sample_traced(self, state: Any, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"]) -> Trace: ...
+    def sample_traced(
+        self, seen: Clip, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"], steps: int, eta: float
+    ) -> Trace: ...
+
+    def trace_means(self, trace: Trace) -> Float[Tensor, "s n *x"]: ...  # of each step, by the weights as they are
 
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]: ...
+
+    def dreamt(self, trace: Trace) -> Imagination: ...
 
 
 @runtime_checkable
@@ -373,9 +379,6 @@ class TrajectoryModel(Protocol):
     def sample(self, seeds: Int[Tensor, " n"], *, length: int) -> Float[Tensor, "n length d"]: ...
 
 
-# --- Small helpers every state needs ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorState:
     """A `RowState` of named tensors whose first axis is the row. Enough for most policies and scorers."""
@@ -394,6 +397,3 @@ class TensorState:
             return torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
 
         return TensorState(tensors={k: pick(other.tensors[k], v) for k, v in self.tensors.items()}, rows=self.rows)
-
-
-Frames = Mapping[str, Tensor]  # camera -> "b t c h w"

@@ -26,7 +26,8 @@ from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
-from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
+from worldline.types import Clip, Imagination, LatentSpec, Trace, WorldSpec
+from worldline.worldmodels import traced
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
 from worldline.worldmodels.experts import Routing
@@ -207,6 +208,32 @@ class AutoregressiveWorldModel(nn.Module):
             poses.append(frame.pose)
         stacked = unwhiten({camera: torch.stack(z, 1) for camera, z in latents.items()}, self.latent_spec)
         return state, Imagination(latents=stacked, poses=self.pose_normalizer.denormalize(torch.stack(poses, 1)))
+
+    # --- reinforcement learning (`traced`) ----------------------------------------------------------------------------
+
+    def sample_traced(
+        self,
+        seen: Clip,
+        actions: Float[Tensor, "n f k a"],
+        *,
+        seeds: Int[Tensor, " n"],
+        steps: int = 4,
+        eta: float = 1.0,
+    ) -> Trace:
+        """The f frames that follow what was seen (as for `observe`), by stochastic solver steps that are kept."""
+        return traced.sample_traced(self, seen, actions, seeds=seeds, steps=steps, eta=eta)
+
+    def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
+        """Where each of those steps would go on average by the weights as they are."""
+        return traced.trace_means(self, trace)
+
+    def log_prob(self, trace: Trace) -> Float[Tensor, " n"]:
+        """Of those steps together, exactly."""
+        return traced.log_prob(self, trace)
+
+    def dreamt(self, trace: Trace) -> Imagination:
+        """The frames that they led to."""
+        return trace.context.imagination
 
     # --- storage ------------------------------------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ guidance); the first of them takes the frame before along and writes it to the c
 that (`cache_write`). The cost does not depend on how many frames there were. A frame's memories are looked up and encoded once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from worldline.diffusion import add_noise, linear_path, row_noise, sample_euler, solver_levels
+from worldline.diffusion.samplers import Predict
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip
 from worldline.worldmodels.guesses import motion_of
@@ -65,10 +66,17 @@ class Streaming:
             unwritten=None,
         )
 
-    def next(self, state: StreamState, action: Tensor | None, seeds: Tensor) -> tuple[StreamState, Frame]:
+    def next(
+        self,
+        state: StreamState,
+        action: Tensor | None,
+        seeds: Tensor,
+        *,
+        solve: Callable[[Predict, Tensor], Tensor] | None = None,
+    ) -> tuple[StreamState, Frame]:
         """Imagine the frame that `action` "n k*a" leads to (None: whatever follows), and make it history. Writes into the state's
-        cache."""
-        frame, asked = self._denoise(state, action, seeds)
+        cache. `solve`: what goes from noise to the frame in place of Euler's steps."""
+        frame, asked = self._denoise(state, action, seeds, solve)
         state = replace(state, unwritten=None)  # it has been written on the way
         written = asked if self.config.cache_write == "last-step" else None
         return self.append(state, frame, action, seeds, written=written), frame
@@ -138,7 +146,13 @@ class Streaming:
         found = recall(state.bank, query[:, 0], state.frames, config.memory, config.window)
         return self.network.read(self.body, found)
 
-    def _denoise(self, state: StreamState, action: Tensor | None, seeds: Tensor) -> tuple[Frame, Frame]:
+    def _denoise(
+        self,
+        state: StreamState,
+        action: Tensor | None,
+        seeds: Tensor,
+        solve: Callable[[Predict, Tensor], Tensor] | None,
+    ) -> tuple[Frame, Frame]:
         """The next frame, and the noisy one that the solver last asked about, which the cache holds."""
         shapes = {camera: z.shape[1:] for camera, z in state.latents.items()} | {"": state.pose.shape[1:]}
         noise = [row_noise(seeds, state.frames, 0, tuple(s), stream=i) for i, s in enumerate(shapes.values())]
@@ -164,7 +178,10 @@ class Streaming:
             return torch.lerp(free, ask(x, level, action), self.config.guidance)
 
         start = torch.cat([z.flatten(1) for z in noise], dim=1)
-        made = sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path)
+        if solve is None:
+            made = sample_euler(predict, start, solver_levels(self.config.solver_steps), linear_path)
+        else:
+            made = solve(predict, start)
         return unpack(made), unpack(asked[0])
 
     def _aim_at_rest(self, pose: Tensor) -> Tensor:

@@ -39,6 +39,22 @@ class TracedDream:
     eta: float
     imagination: Imagination  # what was imagined: raw latents, poses in physical units
 
+    def index(self, rows: Int[Tensor, " r"]) -> "TracedDream":
+        """The rows named."""
+        made = self.imagination
+        chosen = Imagination(latents={c: z[rows] for c, z in made.latents.items()}, poses=made.poses[rows])
+        return replace(self, units=_rows(self.units, rows), held=_rows(self.held, rows), imagination=chosen)
+
+
+def _rows(clip: NetworkClip, rows: Tensor) -> NetworkClip:
+    return replace(
+        clip,
+        frames={c: z[rows] for c, z in clip.frames.items()},
+        poses=clip.poses[rows],
+        actions=clip.actions[rows],
+        text=None if clip.text is None else clip.text[rows],
+    )
+
 
 def require_traceable(model: AutoregressiveWorldModel, steps: int) -> None:
     """Raise `SpecMismatch` for ways of sampling whose log-probability is not known, `ValueError` for steps that training never showed."""

@@ -159,7 +159,7 @@ def save_part(
     tensors: Mapping[str, Tensor] | str,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one trained part (`part` is 'tokenizer', 'world-model', 'world-models', 'policy', 'scorer', 'probe' or
+    """Write one trained part (`part` is 'tokenizer', 'world-model', 'world-models', 'policy', 'scorer', 'inverse', 'probe' or
     'trajectory-model'; `kind` its class). `tensors` may be the path, seen from `folder`, of weights that several parts share."""
     folder = Path(folder)
     about = {"format": FORMAT, "part": part, "kind": kind, "config": to_json(config), "provenance": _finite(provenance)}

@@ -19,13 +19,14 @@ from worldline.errors import WorldlineError
 VERBS = {
     "record": "record episodes in a simulator into a LeRobot dataset",
     "inspect": "report what a dataset holds and what is wrong with it",
-    "train": "train a tokenizer, world-model (also -edm, -s), video-action model, scorer, policy, offline policy, trajectory or dynamics model or probe",
+    "train": "train a tokenizer, world-model (also -edm, -s), video-action model, scorer, policy, offline policy, trajectory or dynamics model, inverse model or probe",
     "imagine": "dream an episode: a video of real beside imagined",
     "eval": "measure a world model on held-out episodes",
     "rank": "rank policies by imagined rollouts",
     "refine": "make a policy better inside a frozen world model",
     "synthesize": "imagine episodes, keep the successes, write them as a dataset",
     "offline-rl": "policies from recorded low-dimensional data, and from trajectories imagined for them",
+    "label": "recover the actions of video without any, as a new dataset",
     "show": "print what a checkpoint is and how it was made",
 }
 STAGES = {
@@ -39,6 +40,7 @@ STAGES = {
     "offline": "a policy from good and bad episodes, by implicit Q-learning",
     "dynamics": "one step of a low-dimensional task, by an ensemble: the baseline of trajectory",
     "trajectory": "whole low-dimensional trajectories by diffusion, for offline RL",
+    "inverse": "an inverse dynamics model: which actions led from frame to frame; calibrated and audited",
     "probe": "a regressor that reads positions or actions off frames",
 }
 USAGE = """usage: worldline VERB [options]      (worldline VERB --help says more)
@@ -114,6 +116,7 @@ def _train(args: list[str]) -> None:
     from worldline.commands.outputs import release_claim
     from worldline.trainers import (
         dynamics,
+        inverse,
         offline,
         policy,
         probe,
@@ -137,6 +140,7 @@ def _train(args: list[str]) -> None:
         "offline": (offline, offline.TrainOffline),
         "dynamics": (dynamics, dynamics.TrainDynamics),
         "trajectory": (trajectory, trajectory.TrainTrajectory),
+        "inverse": (inverse, inverse.TrainInverse),
         "probe": (probe, probe.TrainProbe),
     }
     if not args or args[0] in ("-h", "--help"):
@@ -268,6 +272,12 @@ def _offline_rl(rest: list[str]) -> None:
     print(f"done: {out / 'report.html'}; the policies are {out}/seed-N")
 
 
+def _label(rest: list[str]) -> None:
+    from worldline.commands.labeling import Label, run_label
+
+    print(f"done: {run_label(_parse(Label, 'label', rest, positional='data'))}")
+
+
 def _show(rest: list[str]) -> None:
     from worldline.commands.showing import Show, run_show
 
@@ -283,5 +293,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "refine": _refine,
     "synthesize": _synthesize,
     "offline-rl": _offline_rl,
+    "label": _label,
     "show": _show,
 }

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from torch import Tensor
 
 from worldline.errors import DatasetError
 from worldline.eval.calibration import platt, success_threshold
+from worldline.rl_in_imagination.spoiled import blur
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
 from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
@@ -115,12 +116,6 @@ def told_another(
     drawn = torch.randint(n, (n,), generator=generator).tolist()
     told = tuple(instruction[j] if swap else instruction[i] for i, (j, swap) in enumerate(zip(drawn, swapped.tolist())))
     return told, torch.tensor([a == b for a, b in zip(told, instruction)])
-
-
-def blur(frames: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
-    """Averaged over about a quarter of the picture: what is there cannot be told any more."""
-    size = max(3, max(frames.shape[-2:]) // 4 | 1)
-    return F.avg_pool2d(frames.float(), size, 1, size // 2, count_include_pad=False).to(torch.uint8)
 
 
 def half_reconstructed(

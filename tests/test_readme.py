@@ -72,6 +72,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                 "offline",
                 "trajectory",
                 "dynamics",
+                "inverse",
                 "probe",
             )
         ),
@@ -82,6 +83,8 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("commands.synthesizing", "run_synthesize"),
         ("commands.synthesizing_trajectories", "run_synthesize_trajectories"),
         ("commands.offline_rl", "run_offline_rl"),
+        ("commands.posttraining", "run_posttrain"),
+        ("commands.labeling", "run_label"),
         ("commands.showing", "run_show"),
     ):
         monkeypatch.setattr(importlib.import_module(f"worldline.{module}"), function, stub)

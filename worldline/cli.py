@@ -25,6 +25,7 @@ VERBS = {
     "rank": "rank policies by imagined rollouts",
     "refine": "make a policy better inside a frozen world model",
     "synthesize": "imagine episodes, keep the successes, write them as a dataset",
+    "posttrain": "make a world model do what its actions say, by rewards of an inverse dynamics model",
     "offline-rl": "policies from recorded low-dimensional data, and from trajectories imagined for them",
     "label": "recover the actions of video without any, as a new dataset",
     "show": "print what a checkpoint is and how it was made",
@@ -259,6 +260,19 @@ def _synthesize(rest: list[str]) -> None:
     print(f"done: {out} and {out / 'synthesis' / 'report.html'}")
 
 
+def _posttrain(rest: list[str]) -> None:
+    from worldline.commands.outputs import release_claim
+    from worldline.commands.posttraining import Posttrain, run_posttrain
+
+    config = _parse(Posttrain, "posttrain", rest)
+    try:
+        out = run_posttrain(config)
+    except WorldlineError:
+        release_claim(config.out)
+        raise
+    print(f"done: {out / 'report.html'}; the world model is {out}")
+
+
 def _offline_rl(rest: list[str]) -> None:
     from worldline.commands.offline_rl import OfflineRL, run_offline_rl
     from worldline.commands.outputs import release_claim
@@ -292,6 +306,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "rank": _rank,
     "refine": _refine,
     "synthesize": _synthesize,
+    "posttrain": _posttrain,
     "offline-rl": _offline_rl,
     "label": _label,
     "show": _show,

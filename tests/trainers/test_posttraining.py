@@ -1,0 +1,109 @@
+"""Post-training: it publishes what the judge likes, goes on bit for bit, and notices when its reward is hacked."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.oracles import dot_clip, encoded
+from tests.rl_in_imagination.test_denoiser_grpo import follows, half_trained
+from worldline.rl_in_imagination.denoiser_grpo import GRPOConfig
+from worldline.trainers.posttraining import PosttrainSettings, best_of, opening, posttrain
+from worldline.worldmodels import AutoregressiveWorldModel
+
+GRPO = GRPOConfig(contexts=4, group=8, frames=3, minibatch=32, lr=1e-3, clip=1e-3, kl=0.0)
+SETTINGS = PosttrainSettings(iterations=4, check_every=2, check_clips=4, grpo=GRPO)
+
+
+def agrees(frames, actions):
+    """In [0, 1], as an inverse model's agreement is."""
+    return follows(frames, actions).exp()
+
+
+def darkness(frames, actions):
+    """A reward model with a leak: it likes dark frames, whatever they show."""
+    video = frames["top"][:, 1:].float()
+    return (1 - video.mean((2, 3, 4)) / 255) ** 4
+
+
+@pytest.fixture(scope="module")
+def begun():
+    return half_trained()
+
+
+def run(begun, out: Path, settings=SETTINGS, reward=agrees, judge=agrees):
+    model, tokenizer = begun
+    model.save_pretrained(out / "begin")
+    own = AutoregressiveWorldModel.from_pretrained(out / "begin")
+
+    def training(seed: int, step: int, size: int):
+        return encoded(dot_clip(size, GRPO.frames + 1, 10_000 * seed + step), tokenizer)
+
+    held_out = encoded(dot_clip(12, 16, 999), tokenizer)
+    found = posttrain(own, tokenizer, reward, judge, training, held_out, settings, out / "run", provenance={"reward": "exact"}, progress=False)  # fmt: skip
+    return own, found
+
+
+def test_a_killed_run_goes_on_bit_for_bit(begun, tmp_path):
+    whole, found = run(begun, tmp_path / "a")
+    run(begun, tmp_path / "b", replace(SETTINGS, iterations=2))
+    again, resumed = run(begun, tmp_path / "b")
+    assert resumed.history == found.history and resumed.checks == found.checks
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_published_is_what_the_judge_liked_best_and_says_so(begun, tmp_path):
+    _, found = run(begun, tmp_path)
+    assert [c["iteration"] for c in found.checks] == [0, 2, 4] and len(found.history) == 4
+    assert found.best == best_of(found.checks, SETTINGS)
+    published = AutoregressiveWorldModel.from_pretrained(tmp_path / "run")
+    first = found.checks[0]
+    assert 0 < first["judge"] <= first["ceiling"] <= 1 and first["frechet"] > 0 and first["moved_psnr"] > 0
+    before = AutoregressiveWorldModel.from_pretrained(tmp_path / "begin")
+    same = all(torch.equal(a, b) for a, b in zip(published.parameters(), before.parameters(), strict=True))
+    assert same == (found.best == 0)
+
+
+def test_a_planted_hack_is_caught(begun, tmp_path):
+    """The leak is taken: frames go dark, the reward rises, the judge does not agree; it stops and publishes the model it began with."""
+    settings = replace(
+        SETTINGS,
+        iterations=60,
+        check_every=5,
+        parted=0.01,
+        worst_psnr=0.2,
+        patience=99,
+        grpo=replace(GRPO, max_kl=50.0),
+    )
+    _, found = run(begun, tmp_path, settings, reward=darkness)
+    assert found.hacked and "it is being hacked" in found.stopped
+    assert found.checks[-1]["reward"] > found.checks[0]["reward"]
+    assert found.checks[-1]["iteration"] < 60
+    published = AutoregressiveWorldModel.from_pretrained(tmp_path / "run")
+    before = AutoregressiveWorldModel.from_pretrained(tmp_path / "begin")
+    if found.best == 0:
+        assert all(torch.equal(a, b) for a, b in zip(published.parameters(), before.parameters(), strict=True))
+
+
+def test_only_the_judge_and_the_pictures_decide_which_is_best():
+    def row(iteration, judge, psnr, reward):
+        return {"iteration": float(iteration), "judge": judge, "moved_psnr": psnr, "reward": reward}
+
+    checks = [row(0, 0.5, 20.0, 0.5), row(10, 0.6, 19.9, 0.6), row(20, 0.7, 19.0, 0.9), row(30, 0.6, 21.0, 0.7)]
+    assert best_of(checks, SETTINGS) == 10  # 20 lost a decibel, 30 is no better than 10
+
+
+def test_an_opening_is_the_frame_behind_the_lead():
+    clip = replace(dot_clip(2, 6, 0), lead=2)
+    first = opening(clip)
+    assert torch.equal(first.frames["top"][:, 0], clip.frames["top"][:, 2]) and first.actions.shape[1] == 0
+    assert first.lead == 0
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="check_clips of at least 4"):
+        PosttrainSettings(check_clips=2)
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        PosttrainSettings(iterations=0)

@@ -1,0 +1,211 @@
+"""Verb `posttrain`: make a world model do what its actions say, by inverse-dynamics rewards on its own dreams."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldline.checkpoint import to_json
+from worldline.commands.outputs import command_line
+from worldline.commands.rollouts import weights_of
+from worldline.errors import DatasetError, SpecMismatch
+from worldline.eval import Report, video_grid
+from worldline.eval.plots import curve_bands
+from worldline.eval.protocol import PROTOCOL
+from worldline.eval.replays import open_for
+from worldline.rl_in_imagination.dream import Dream
+from worldline.rl_in_imagination.inverse import InverseModel
+from worldline.rl_in_imagination.inverse_audit import check_inverse
+from worldline.tokenizers import Tokenizer
+from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, open_datasets
+from worldline.trainers.inverse import require_disjoint
+from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
+from worldline.types import Clip, require_match
+from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posttrain:
+    """Post-train a world model by reinforcement learning on its own dreams (RLIR): frames off which an inverse dynamics model reads the actions
+    that were commanded are made likelier.
+
+    The reward model is trained for; a judge of another architecture and other episodes, and the pictures, are watched. The model the judge
+    likes best is published in --out, a world-model folder like any other; the same command goes on after an interruption.
+
+    Example: worldline posttrain --world-model runs/wm --reward runs/inverse-a --judge runs/inverse-b --data data/drawer --out runs/wm-rlir
+    """
+
+    world_model: Path
+    """An autoregressive world model without memory."""
+    reward: Path
+    """Made by `worldline train inverse --half first`."""
+    judge: Path
+    """Made by `worldline train inverse --half second` with another --architecture."""
+    data: tuple[Path, ...]
+    """Datasets whose training episodes give contexts and actions, and whose held-out ones the check."""
+    out: Path
+    rl: PosttrainSettings = field(default_factory=PosttrainSettings)
+    override_audit: bool = False
+    """Use inverse models that failed their audit. The report says so."""
+    videos: int = 3
+    """Held-out clips shown before and after."""
+
+    def __post_init__(self) -> None:
+        if self.videos < 0:
+            raise ValueError(f"videos of at least 0 required, got {self.videos}")
+
+
+def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
+    """Post-train, write the report, return the folder."""
+    failures = {
+        name: check_inverse(folder, override=config.override_audit)
+        for name, folder in (("reward", config.reward), ("judge", config.judge))
+    }
+    require_disjoint(config.reward, config.judge)
+    model, tokenizer = load_world_model(config.world_model)
+    if not isinstance(model, AutoregressiveWorldModel):
+        raise SpecMismatch(
+            f"--world-model {config.world_model}: a world model whose sampling has a log-probability is required (worldline train "
+            f"world-model), got {type(model).__name__}"
+        )
+    reward, judge = (InverseModel.from_pretrained(folder) for folder in (config.reward, config.judge))
+    for name, inverse in (("reward", reward), ("judge", judge)):
+        require_match(
+            model.spec, inverse.spec, between=f"world model and {name}", only=("cameras", "control_steps", "action")
+        )
+    _, stride = open_for(Dream(model, tokenizer), config.data[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_from = {
+        "world_model": weights_of(config.world_model),
+        "reward": weights_of(config.reward),
+        "judge": weights_of(config.judge),
+    }
+    claim_output(
+        config.out,
+        "post-training",
+        {"data": [str(d) for d in config.data], **made_from, "rl": _kept(config.rl)},
+        identity=("data", *made_from, "rl"),
+    )
+    cameras = [c.name for c in tokenizer.cameras]
+    training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
+    options: dict[str, Any] = {"stride": stride, "device": device, "progress": progress}
+    batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
+    checked = LatentBatches(held_out, tokenizer, frames=PROTOCOL.clip_frames, **options)
+    clip = checked.batch(0, 0, config.rl.check_clips)
+    if len(clip.poses) < config.rl.check_clips:
+        raise DatasetError(f"{config.rl.check_clips} held-out clips required for the check, got {len(clip.poses)}")
+    model.to(device)
+    reward.to(device), judge.to(device)
+    before = _dreams(model, tokenizer, clip, config.videos)
+    found = posttrain(
+        model,
+        tokenizer,
+        reward.agreement,
+        judge.agreement,
+        batches.batch,
+        clip,
+        config.rl,
+        config.out,
+        provenance={
+            **data_provenance(training, config.out, init_from=config.world_model),
+            "tokenizer": tokenizer.fingerprint,
+            "posttrained_from": str(config.world_model),
+            **made_from,
+        },
+        progress=progress,
+    )
+    _report(config, found, failures, made_from, tokenizer, clip, before, model.spec.fps)
+    return config.out
+
+
+def _kept(settings: PosttrainSettings) -> Any:
+    """What must be the same when a run goes on."""
+    return {k: v for k, v in to_json(settings).items() if k not in ("iterations", "patience")}
+
+
+@torch.no_grad()
+def _dreams(model: AutoregressiveWorldModel, tokenizer: Tokenizer, clip: Clip, count: int) -> dict[str, Tensor]:
+    """Frames of the first clips as the deployed sampler dreams them."""
+    if not count:
+        return {}
+    rows = slice(0, count)
+    part = Clip(
+        frames={c: z[rows] for c, z in clip.frames.items()},
+        poses=clip.poses[rows],
+        actions=clip.actions[rows],
+        instruction=clip.instruction[rows],
+    )
+    _, made = model.imagine(model.observe(opening(part)), part.actions, seeds=torch.arange(len(part.poses)))
+    latents = {c: torch.cat([part.frames[c][:, :1].to(z), z], 1) for c, z in made.latents.items()}
+    return {c: x.cpu() for c, x in tokenizer.decode(latents).items()}
+
+
+def _report(
+    config: Posttrain,
+    found: Posttraining,
+    failures: dict[str, list[str]],
+    made_from: dict[str, str],
+    tokenizer: Tokenizer,
+    clip: Clip,
+    before: dict[str, Tensor],
+    fps: float,
+) -> None:
+    report = Report(
+        f"Post-training of {config.world_model.name}", command=command_line("posttrain", config), provenance=made_from
+    )
+    for name, sentences in failures.items():
+        for sentence in sentences:
+            report.warning(f"The {name} model failed its audit and is used by --override-audit. {sentence}")
+    first, best = found.checks[0], next(c for c in found.checks if int(c["iteration"]) == found.best)
+    if found.hacked:
+        report.warning(f"Stopped: {found.stopped}.")
+    gap = first["ceiling"] - first["judge"]
+    closed = f" ({(best['judge'] - first['judge']) / gap:.0%} of the gap to the ceiling)" if gap > 0 else ""
+    report.text(
+        f"On {config.rl.check_clips} held-out clips of {PROTOCOL.clip_frames} frames the judge finds the commanded actions with an agreement of "
+        f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "
+        f"iteration {found.best}, which is the one in this folder{closed}; on real video through the tokenizer {first['ceiling']:.3f}. Moved pixels: "
+        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. Stopped "
+        f"because {found.stopped}."
+    )
+    numbers = [int(c["iteration"]) for c in found.checks]
+    for name, title in (
+        ("judge", "Agreement"),
+        ("moved_psnr", "PSNR on moved pixels, dB"),
+        ("frechet", "Latent Frechet distance"),
+    ):
+        named = ("reward", "judge", "ceiling") if name == "judge" else (name,)
+        curves = {
+            n: {"frame": numbers, **{k: [c[n] for c in found.checks] for k in ("mean", "low", "high")}} for n in named
+        }
+        report.plot(title, curve_bands(curves, ylabel=title, xlabel="iteration"))
+    columns = ["iteration", "reward", "judge", "moved PSNR", "moved SSIM", "latent Frechet"]
+    rows = [
+        [int(c["iteration"]), *(c[k] for k in ("reward", "judge", "moved_psnr", "moved_ssim", "frechet"))]
+        for c in found.checks
+    ]
+    report.table("Checks on held-out clips", columns, rows)
+    if before:
+        model, _ = load_world_model(config.out)
+        assert isinstance(model, AutoregressiveWorldModel)
+        after = _dreams(model, tokenizer, clip, config.videos)
+        real = {
+            c: x.cpu() for c, x in tokenizer.decode({c: z[: config.videos] for c, z in clip.frames.items()}).items()
+        }
+        for i in range(min(config.videos, len(clip.poses))):
+            columns_of = {"real": real, "before": before, "post-trained": after}
+            grid = video_grid(
+                {name: {c: x[i] for c, x in frames.items()} for name, frames in columns_of.items()}, cell=128
+            )
+            report.video(f"held-out clip {i}", grid, fps)
+    results = {
+        "best_iteration": found.best,
+        "stopped": found.stopped,
+        "hacked": found.hacked,
+        "checks": found.checks,
+        "history": found.history,
+        "audit_failures": failures,
+    }
+    report.write(config.out, results)

@@ -1,0 +1,258 @@
+"""Post-train a world model so that it does what the actions say: dream in groups, reward, update, watch (RLIR 2509.23958).
+
+- An iteration's contexts are first frames of recorded clips, the actions those recorded after them, all drawn by (seed, iteration) alone;
+  a killed post-training goes on bit for bit.
+- The reward model is what training maximises. What is watched is what it never sees: a judge of another architecture that learned from other
+  episodes, PSNR on moved pixels and the Frechet distance of latents, on held-out clips by the deployed sampler.
+- The model that is published is the one the judge liked best among those whose pictures did not get worse. Where the reward rises while the
+  judge or the pictures fall, the reward is being hacked: post-training stops and says so.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from worldline.checkpoint import read_tensors, write_tensors
+from worldline.eval.frechet import latent_frechet_distance, pooled_latents
+from worldline.eval.protocol import PROTOCOL
+from worldline.eval.video_metrics import compare_videos
+from worldline.rl_in_imagination.denoiser_grpo import DenoiserUpdater, GRPOConfig, Reward, dream
+from worldline.tokenizers import Tokenizer
+from worldline.types import Clip
+
+log = logging.getLogger(__name__)
+Batches = Callable[[int, int, int], Clip]
+"""(seed, step, size) to a clip of raw latents of that many rows: a function of its arguments alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosttrainSettings:
+    """How long, and how it is watched."""
+
+    iterations: int = 60
+    check_every: int = 10
+    """Iterations between checks on held-out clips."""
+    check_clips: int = 48
+    patience: int = 3
+    """Checks without an improvement after which it stops."""
+    worst_psnr: float = 0.3
+    """dB on moved pixels that a model may lose and still be published."""
+    parted: float = 0.02
+    """Agreement that the judge may lose, while the reward rises, before the reward counts as hacked."""
+    seed: int = 0
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "check_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.check_clips < 4 or self.worst_psnr < 0 or self.parted < 0:
+            raise ValueError(
+                f"check_clips of at least 4, worst_psnr and parted of at least 0 required, got {self.check_clips}, {self.worst_psnr} and "
+                f"{self.parted}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posttraining:
+    """What a post-training did. `history` holds a row for each iteration, `checks` one for each check; both JSON-like."""
+
+    history: list[dict[str, float]]
+    checks: list[dict[str, float]]
+    best: int  # the iteration whose model is published
+    stopped: str
+    hacked: bool
+
+
+def posttrain(
+    model: Any,
+    tokenizer: Tokenizer,
+    reward: Reward,
+    judge: Reward,
+    training: Batches,
+    held_out: Clip,
+    settings: PosttrainSettings,
+    out: Path,
+    *,
+    provenance: Mapping[str, Any],
+    progress: bool = True,
+) -> Posttraining:
+    """Move `model` (a `TracedWorldModel` with weights), publish the best in `out`. Goes on from `out/training`.
+
+    Args:
+        training: clips of `grpo.frames` + 1 frames.
+        held_out: clips that nothing was trained on, of 16 frames or more.
+        out: a folder claimed for this run.
+    """
+    updater = DenoiserUpdater(model, settings.grpo)
+    state = _State(out / "training" / "state.safetensors", updater)
+    iteration, history, checks = state.restore()
+    grpo = settings.grpo
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
+    bar = tqdm(total=settings.iterations, initial=iteration, desc="posttrain", unit="iteration", disable=not progress)
+    try:
+        while True:
+            # --- check: what do those say whom it does not train for? -------------------------------------------------
+            last = iteration >= settings.iterations
+            if (iteration % settings.check_every == 0 or last) and not (
+                checks and checks[-1]["iteration"] == iteration
+            ):
+                checks.append({"iteration": float(iteration), **check(model, tokenizer, reward, judge, held_out)})
+                facts = {**provenance, "iteration": iteration, "check": checks[-1]}
+                if best_of(checks, settings) == iteration:
+                    model.save_pretrained(out, provenance=facts)
+                    tokenizer.save_pretrained(out / "tokenizer")
+                for name, value in checks[-1].items():
+                    writer.add_scalar(f"check/{name}", value, iteration)
+                bar.set_postfix({k: f"{checks[-1][k]:.3f}" for k in ("reward", "judge", "moved_psnr")})
+                state.store(iteration, history, checks)
+            stopped = _reason(checks, settings)
+            if last or stopped:
+                break
+
+            # --- dream ------------------------------------------------------------------------------------------------
+            clip = training(settings.seed, iteration, grpo.contexts)
+            first = opening(clip)
+            rows = grpo.contexts * grpo.group
+            seeds = torch.arange(rows) + (settings.seed * 1_000_003 + iteration) * rows
+            made = dream(model, tokenizer, reward, first, clip.actions[:, -grpo.frames :], grpo, seeds=seeds)
+
+            # --- update -----------------------------------------------------------------------------------------------
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + iteration)
+            learned = updater.update(made, generator)
+            iteration += 1
+            history.append({"iteration": float(iteration), "reward": float(made.reward.mean()), **learned})
+            state.store(iteration, history, checks)
+
+            # --- log --------------------------------------------------------------------------------------------------
+            bar.update()
+            for name, value in history[-1].items():
+                writer.add_scalar(f"posttrain/{name}", value, iteration)
+    finally:
+        bar.close()
+        writer.close()
+    hacked = _hacked(checks, settings)
+    return Posttraining(
+        history=history,
+        checks=checks,
+        best=best_of(checks, settings),
+        stopped=stopped or "all iterations were run",
+        hacked=hacked,
+    )
+
+
+@torch.no_grad()
+def check(model: Any, tokenizer: Tokenizer, reward: Reward, judge: Reward, clip: Clip) -> dict[str, float]:
+    """Of held-out clips dreamt from their first frame by the deployed sampler: reward, judge, and how the pictures are."""
+    real = tokenizer.decode(clip.frames)  # as good as the tokenizer lets them be
+    _, made = model.imagine(model.observe(opening(clip)), clip.actions, seeds=torch.arange(len(clip.poses)) + 7919)
+    latents = {c: torch.cat([clip.frames[c][:, :1].to(z), z], 1) for c, z in made.latents.items()}
+    frames = tokenizer.decode(latents)
+    said, true = judge(frames, clip.actions), judge(real, clip.actions)
+    psnr, ssim = [], []
+    for camera, video in frames.items():
+        metrics = compare_videos(real[camera][:, 1:].cpu(), video[:, 1:].cpu(), real[camera][:, 0].cpu())
+        for name, values in (("moved_psnr", psnr), ("moved_ssim", ssim)):
+            each, there = metrics.over_frames(name)  # pyright: ignore[reportArgumentType]
+            values.append(float(each[there].mean()))
+    t = PROTOCOL.clip_frames
+    pooled = [
+        pooled_latents({c: z[:, :t].cpu() for c, z in x.items()}, model.latent_spec) for x in (clip.frames, latents)
+    ]
+    by_clip = said.mean(1)
+    return {
+        "reward": float(reward(frames, clip.actions).mean()),
+        "judge": float(by_clip.mean()),
+        "judge_error": float(by_clip.std() / math.sqrt(len(by_clip))),
+        "ceiling": float(true.mean()),
+        "moved_psnr": sum(psnr) / len(psnr),
+        "moved_ssim": sum(ssim) / len(ssim),
+        "frechet": latent_frechet_distance(*pooled).distance,
+    }
+
+
+def opening(clip: Clip) -> Clip:
+    """Its first frame (the one behind its lead)."""
+    i = clip.lead
+    return replace(
+        clip,
+        frames={c: z[:, i : i + 1] for c, z in clip.frames.items()},
+        poses=clip.poses[:, i : i + 1],
+        actions=clip.actions[:, :0],
+        lead=0,
+        led=None,
+    )
+
+
+def best_of(checks: list[dict[str, float]], settings: PosttrainSettings) -> int:
+    """The iteration that the judge liked best, of those that kept their pictures; the first of equals."""
+    first = checks[0]["moved_psnr"]
+    kept = [c for c in checks if c["moved_psnr"] >= first - settings.worst_psnr]
+    return int(max(kept, key=lambda c: (c["judge"], -c["iteration"]))["iteration"])
+
+
+def _hacked(checks: list[dict[str, float]], settings: PosttrainSettings) -> bool:
+    """Whether the reward rose since the beginning while the judge, or the pictures, fell."""
+    first, now = checks[0], checks[-1]
+    rose = now["reward"] > first["reward"]
+    fell = (
+        now["judge"] < first["judge"] - settings.parted or now["moved_psnr"] < first["moved_psnr"] - settings.worst_psnr
+    )
+    return rose and fell
+
+
+def _reason(checks: list[dict[str, float]], settings: PosttrainSettings) -> str:
+    """Why it should stop; empty: it should not."""
+    first, now = checks[0], checks[-1]
+    if _hacked(checks, settings):
+        return (
+            f"the reward rose from {first['reward']:.3f} to {now['reward']:.3f} while the judge went from {first['judge']:.3f} to "
+            f"{now['judge']:.3f} and PSNR on moved pixels from {first['moved_psnr']:.2f} to {now['moved_psnr']:.2f} dB: it is being hacked"
+        )
+    best = best_of(checks, settings)
+    since = sum(c["iteration"] > best for c in checks)
+    return f"{since} checks brought nothing better than iteration {best}" if since >= settings.patience else ""
+
+
+class _State:
+    """Everything a post-training needs to go on bit for bit, in one file."""
+
+    def __init__(self, path: Path, updater: DenoiserUpdater) -> None:
+        self.path, self.updater = path, updater
+        self.modules = {"model": updater.model, "reference": updater.reference}
+
+    def store(self, iteration: int, history: list[dict[str, float]], checks: list[dict[str, float]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
+        for index, values in self.updater.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
+        told = json.dumps({"iteration": iteration, "history": history, "checks": checks}).encode()
+        write_tensors(self.path, {**tensors, "told": torch.frombuffer(bytearray(told), dtype=torch.uint8)})
+
+    def restore(self) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
+        if not self.path.is_file():
+            return 0, [], []
+        tensors = read_tensors(self.path)
+        for name, module in self.modules.items():
+            head = f"{name}/"
+            module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, slot = key.split("/")
+                slots.setdefault(int(index), {})[slot] = value
+        optimizer = self.updater.optimizer
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        told = json.loads(bytes(tensors["told"].tolist()))
+        log.info("resuming post-training at iteration %d", told["iteration"])
+        return told["iteration"], told["history"], told["checks"]

@@ -151,7 +151,7 @@ class Streaming:
         state: StreamState,
         action: Tensor | None,
         seeds: Tensor,
-        solve: Callable[[Predict, Tensor], Tensor] | None,
+        solve: Callable[[Predict, Tensor], Tensor] | None = None,
     ) -> tuple[Frame, Frame]:
         """The next frame, and the noisy one that the solver last asked about, which the cache holds."""
         shapes = {camera: z.shape[1:] for camera, z in state.latents.items()} | {"": state.pose.shape[1:]}

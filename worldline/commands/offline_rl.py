@@ -172,7 +172,7 @@ def _report(config: OfflineRL, found: OfflineRun, made_from: Mapping[str, Any]) 
     report = Report(
         f"Offline RL on {', '.join(config.data)}",
         command=command_line("offline-rl", config),
-        provenance={**made_from, "agent": config.agent},
+        provenance={**{name: _said(value) for name, value in made_from.items()}, "agent": config.agent},
     )
     if judged:
         last = judged[-1][1]
@@ -190,14 +190,20 @@ def _report(config: OfflineRL, found: OfflineRun, made_from: Mapping[str, Any]) 
         report.warning(
             "Nobody judged these policies: --task SIMULATOR does. Values that critics expect say little of true returns."
         )
-    for name in ("q", "policy_q", "q_loss"):
+    titles = {"q": "Value of the data's actions", "policy_q": "Value of the policy's", "q_loss": "Error of the critics"}
+    for name, title in titles.items():
         if points := found.history.get(f"train/{name}"):
             report.plot(
-                name,
+                title,
                 curve_bands({name: _band(points)}, ylabel=name, xlabel="update"),
                 "mean of seeds, least and greatest",
             )
     report.write(config.out, results)
+
+
+def _said(value: Any) -> Any:
+    """Settings as a reader has them, not as Python does."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
 
 
 def _band(points: list[tuple[int, Tensor]]) -> dict[str, list[Any]]:

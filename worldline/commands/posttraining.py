@@ -163,6 +163,11 @@ def _report(
         report.warning(f"Stopped: {found.stopped}.")
     gap = first["ceiling"] - first["judge"]
     closed = f" ({(best['judge'] - first['judge']) / gap:.0%} of the gap to the ceiling)" if gap > 0 else ""
+    if gap <= 0:
+        report.warning(
+            "Before post-training the judge already reads dreams as well as real video through the tokenizer: by this judge, on clips so short, "
+            "there is no gap to close."
+        )
     report.text(
         f"On {config.rl.check_clips} held-out clips of {PROTOCOL.clip_frames} frames the judge finds the commanded actions with an agreement of "
         f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "

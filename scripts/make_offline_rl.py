@@ -45,7 +45,6 @@ from worldline.rl_in_imagination.offline import OfflineConfig, StateIQLConfig, T
 from worldline.sim.control import ControlTask, evaluate_returns, make_control
 from worldline.sim.waypoints import WaypointPilot
 from worldline.trainers import dynamics, trajectory
-from worldline.trainers.loop import LoopConfig
 from worldline.trainers.trajectory import open_trajectories
 from worldline.worldmodels.trajectories import Guidance, TrajectoryConfig, TrajectoryDiffusion, TrajectorySolver
 
@@ -95,19 +94,8 @@ def task_of(name: str) -> ControlTask:
 def models(config: MakeOfflineRL, name: str) -> tuple[Path, Path]:
     """The set's trajectory model and dynamics ensemble."""
     data, home = (str(config.data / name),), config.out / name
-    loop = LoopConfig(
-        steps=config.model_steps,
-        batch_size=64,
-        lr=2e-3,
-        warmup=300,
-        cooldown=0.6,
-        weight_decay=0.0,
-        save_every=500,
-        eval_every=500,
-    )
-    whole = train(
-        trajectory, trajectory.TrainTrajectory(data=data, out=home / "trajectory", model=config.model, loop=loop)
-    )
+    settings = trajectory.TrainTrajectory(data=data, out=home / "trajectory", model=config.model)
+    whole = train(trajectory, replace(settings, loop=replace(settings.loop, steps=config.model_steps)))
     stepwise = train(dynamics, dynamics.TrainDynamics(data=data, out=home / "dynamics"))
     return whole, stepwise
 
@@ -132,6 +120,7 @@ def trained(
         agent="iql" if agent == "iql" else "td3bc",
         trajectory_model=whole if arm in ("guided", "unguided") else None,
         dynamics=stepwise if arm == "autoregressive" else None,
+        rollout_steps=config.model.length,
         guidance=Guidance(coefficient=coefficient if coefficient is not None and arm == "guided" else 0.0),
         solver=config.solver,
         trajectories=config.trajectories,

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -114,7 +115,6 @@ def _parse(cls: type, verb: str, rest: list[str], *, default: Any = None, positi
 
 
 def _train(args: list[str]) -> None:
-    from worldline.commands.outputs import release_claim
     from worldline.trainers import (
         dynamics,
         inverse,
@@ -153,12 +153,18 @@ def _train(args: list[str]) -> None:
     module, cls = modules[stage]
     settings, rest = _preset(module.PRESETS, rest)
     config = _parse(cls, f"train {stage}", rest, default=_partial(cls, settings))
+    print(f"done: {_claiming(module.run, config)}")
+
+
+def _claiming(run: Callable[[Any], Path], config: Any) -> Path:
+    """What a run gives. One that ends before it saved anything leaves its folder as it was."""
+    from worldline.commands.outputs import release_claim
+
     try:
-        out = module.run(config)
+        return run(config)
     except WorldlineError:
         release_claim(config.out)
         raise
-    print(f"done: {out}")
 
 
 def _preset(presets: dict[str, tuple[str, dict[str, Any]]], args: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -235,15 +241,9 @@ def _rank(rest: list[str]) -> None:
 
 
 def _refine(rest: list[str]) -> None:
-    from worldline.commands.outputs import release_claim
     from worldline.commands.refining import Refine, run_refine
 
-    config = _parse(Refine, "refine", rest)
-    try:
-        out = run_refine(config)
-    except WorldlineError:
-        release_claim(config.out)
-        raise
+    out = _claiming(run_refine, _parse(Refine, "refine", rest))
     print(f"done: {out / 'report.html'}; the policy is {out}")
 
 
@@ -261,28 +261,16 @@ def _synthesize(rest: list[str]) -> None:
 
 
 def _posttrain(rest: list[str]) -> None:
-    from worldline.commands.outputs import release_claim
     from worldline.commands.posttraining import Posttrain, run_posttrain
 
-    config = _parse(Posttrain, "posttrain", rest)
-    try:
-        out = run_posttrain(config)
-    except WorldlineError:
-        release_claim(config.out)
-        raise
+    out = _claiming(run_posttrain, _parse(Posttrain, "posttrain", rest))
     print(f"done: {out / 'report.html'}; the world model is {out}")
 
 
 def _offline_rl(rest: list[str]) -> None:
     from worldline.commands.offline_rl import OfflineRL, run_offline_rl
-    from worldline.commands.outputs import release_claim
 
-    config = _parse(OfflineRL, "offline-rl", rest)
-    try:
-        out = run_offline_rl(config)
-    except WorldlineError:
-        release_claim(config.out)
-        raise
+    out = _claiming(run_offline_rl, _parse(OfflineRL, "offline-rl", rest))
     print(f"done: {out / 'report.html'}; the policies are {out}/seed-N")
 
 

@@ -47,7 +47,7 @@ def facts(folder: Path) -> dict:
 @pytest.mark.parametrize("head", ["continuous", "binned"])
 def test_it_reads_the_dots_actions_and_is_not_fooled(architecture, head, dots, patches, tmp_path) -> None:
     out = inverse.run(
-        config(dots, tmp_path / "idm", architecture=architecture, head=head, tokenizer=patches), progress=False
+        config(dots, tmp_path / "idm", 400, architecture=architecture, head=head, tokenizer=patches), progress=False
     )
     learned = facts(out)
     assert learned["held_out_error"] < 0.5 * learned["guessing_the_mean"]

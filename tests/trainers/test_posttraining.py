@@ -67,7 +67,7 @@ def test_what_is_published_is_what_the_judge_liked_best_and_says_so(begun, tmp_p
 
 
 def test_a_planted_hack_is_caught(begun, tmp_path):
-    """The leak is taken: frames go dark, the reward rises, the judge does not agree; it stops and publishes the model it began with."""
+    """The leak is taken: frames go dark, the reward rises, the judge does not agree; it stops, and what is published did not fall."""
     settings = replace(
         SETTINGS,
         iterations=60,
@@ -81,10 +81,9 @@ def test_a_planted_hack_is_caught(begun, tmp_path):
     assert found.hacked and "it is being hacked" in found.stopped
     assert found.checks[-1]["reward"] > found.checks[0]["reward"]
     assert found.checks[-1]["iteration"] < 60
-    published = AutoregressiveWorldModel.from_pretrained(tmp_path / "run")
-    before = AutoregressiveWorldModel.from_pretrained(tmp_path / "begin")
-    if found.best == 0:
-        assert all(torch.equal(a, b) for a, b in zip(published.parameters(), before.parameters(), strict=True))
+    best = next(c for c in found.checks if c["iteration"] == found.best)
+    assert best["judge"] >= found.checks[0]["judge"] > found.checks[-1]["judge"] - 1e-6
+    assert found.best < found.checks[-1]["iteration"]
 
 
 def test_only_the_judge_and_the_pictures_decide_which_is_best():

@@ -1,7 +1,7 @@
 """Verb `label`: a copy of action-free video with the actions that an inverse model reads off it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from worldline.data import DatasetWriter, FrameStore, LeRobotDataset
 from worldline.errors import DatasetError
 from worldline.rl_in_imagination.inverse import InverseModel
 from worldline.rl_in_imagination.inverse_audit import check_inverse
-from worldline.types import Episode, require_match
+from worldline.types import require_match
 
 FITS = ("cameras", "control_steps", "fps", "action")
 NOTES = "labeling.json"  # in the staging folder: what labels it
@@ -67,7 +67,10 @@ def run_label(config: Label, *, progress: bool = True) -> Path:
         if number in staged:
             continue
         frames = {camera.name: store.frames(index, camera.name) for camera in dataset.spec.cameras}
-        _stage(writer, number, dataset.episode(index), frames, recovered_blocks(model, frames), said)
+        episode = dataset.episode(index)
+        told = {**episode.provenance, **said}
+        blocks = recovered_blocks(model, frames)
+        writer.stage_episode(number, replace(episode, frames=frames, actions=blocks, provenance=told))
     return writer.finish()
 
 
@@ -76,30 +79,6 @@ def recovered_blocks(model: InverseModel, frames: Mapping[str, Tensor]) -> Tenso
     action = model.spec.action
     blocks = model.blocks({camera.name: frames[camera.name][None] for camera in model.spec.cameras})[0].cpu()
     return blocks.clamp(torch.tensor(action.low), torch.tensor(action.high)).contiguous()
-
-
-def _stage(
-    writer: DatasetWriter,
-    number: int,
-    episode: Episode,
-    frames: Mapping[str, Tensor],
-    blocks: Tensor,
-    said: Mapping[str, str],
-) -> None:
-    writer.stage(
-        number,
-        frames=frames,
-        actions=blocks,
-        poses=episode.poses,
-        states=episode.states,
-        rewards=episode.rewards,
-        frame_success=episode.frame_success,
-        success=episode.success,
-        terminated=episode.terminated,
-        truncated=episode.truncated,
-        instruction=episode.instruction,
-        provenance={**episode.provenance, **said},
-    )
 
 
 def _provenance(model: InverseModel, failures: list[str]) -> dict[str, str]:

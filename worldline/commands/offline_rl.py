@@ -53,6 +53,8 @@ class OfflineRL:
     """Made by `worldline train trajectory`."""
     dynamics: Path | None = None
     """Made by `worldline train dynamics`."""
+    rollout_steps: int = 32
+    """Steps of a rollout in --dynamics; that many less one become transitions."""
     guidance: Guidance = field(default_factory=Guidance)
     solver: TrajectorySolver | None = None
     """How trajectories are denoised; by default as the model was trained to be."""
@@ -74,6 +76,8 @@ class OfflineRL:
     def __post_init__(self) -> None:
         if self.trajectory_model is not None and self.dynamics is not None:
             raise ValueError("--trajectory-model or --dynamics required, or neither; got both")
+        if self.rollout_steps < 2:
+            raise ValueError(f"rollout_steps of at least 2 required, got {self.rollout_steps}")
         if self.seeds < 1 or self.trajectories < 1 or self.episodes < 1:
             raise ValueError(
                 f"seeds, trajectories and episodes of at least 1 required, got {self.seeds}, {self.trajectories} and {self.episodes}"
@@ -137,7 +141,7 @@ def synthesiser(config: OfflineRL, starts: Tensor, seeds: range) -> tuple[Synthe
         return by_diffusion(model, seeds=seeds, trajectories=config.trajectories, guidance=guidance), made_from
     if config.dynamics is not None:
         ensemble = DynamicsEnsemble.from_pretrained(config.dynamics)
-        steps = 32  # as many as trajectories have by default
+        steps = config.rollout_steps
         made_from = {"dynamics": weights_of(config.dynamics), "trajectories": config.trajectories, "steps": steps}
         made = by_rollout(ensemble, starts, seeds=seeds, trajectories=config.trajectories, steps=steps)
         return made, made_from

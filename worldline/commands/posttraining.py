@@ -10,7 +10,7 @@ from torch import Tensor
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
-from worldline.errors import DatasetError, SpecMismatch
+from worldline.errors import SpecMismatch
 from worldline.eval import Report, video_grid
 from worldline.eval.plots import curve_bands
 from worldline.eval.protocol import PROTOCOL
@@ -94,10 +94,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
     checked = LatentBatches(held_out, tokenizer, frames=PROTOCOL.clip_frames, **options)
     clip = checked.batch(0, 0, config.rl.check_clips)
-    if len(clip.poses) < config.rl.check_clips:
-        raise DatasetError(f"{config.rl.check_clips} held-out clips required for the check, got {len(clip.poses)}")
-    model.to(device)
-    reward.to(device), judge.to(device)
+    for module in (model, reward, judge):
+        module.to(device)
     before = _dreams(model, tokenizer, clip, config.videos)
     found = posttrain(
         model,
@@ -172,8 +170,8 @@ def _report(
         f"On {config.rl.check_clips} held-out clips of {PROTOCOL.clip_frames} frames the judge finds the commanded actions with an agreement of "
         f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "
         f"iteration {found.best}, which is the one in this folder{closed}; on real video through the tokenizer {first['ceiling']:.3f}. Moved pixels: "
-        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. Stopped "
-        f"because {found.stopped}."
+        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best "
+        f"of {len(found.checks)} checks was chosen on these clips, which flatters it. Stopped because {found.stopped}."
     )
     numbers = [int(c["iteration"]) for c in found.checks]
     for name, title in (

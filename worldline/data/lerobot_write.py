@@ -110,6 +110,23 @@ class DatasetWriter:
         """Numbers of the episodes that are staged whole."""
         return {int(path.name.removeprefix("episode-")) for path in self.staging.glob("episode-*")}
 
+    def stage_episode(self, index: int, episode: Episode) -> None:
+        """`stage` of all that an episode holds."""
+        self.stage(
+            index,
+            frames=episode.frames,
+            actions=episode.actions,
+            poses=episode.poses,
+            states=episode.states,
+            rewards=episode.rewards,
+            frame_success=episode.frame_success,
+            success=episode.success,
+            terminated=episode.terminated,
+            truncated=episode.truncated,
+            instruction=episode.instruction,
+            provenance=episode.provenance,
+        )
+
     def stage(
         self,
         index: int,
@@ -327,20 +344,7 @@ def write_dataset(root: str | Path, episodes: Iterable[Episode], **settings: Any
         writer = writer or DatasetWriter(root, episode.spec, **settings)
         if number in writer.staged():
             continue
-        writer.stage(
-            number,
-            frames=episode.frames,
-            actions=episode.actions,
-            poses=episode.poses,
-            states=episode.states,
-            rewards=episode.rewards,
-            frame_success=episode.frame_success,
-            success=episode.success,
-            terminated=episode.terminated,
-            truncated=episode.truncated,
-            instruction=episode.instruction,
-            provenance=episode.provenance,
-        )
+        writer.stage_episode(number, episode)
     if writer is None:
         raise DatasetError(f"{root}: at least one episode required, got none.")
     return writer.finish()

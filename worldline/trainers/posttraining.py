@@ -8,7 +8,6 @@
   judge or the pictures fall, the reward is being hacked: post-training stops and says so.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from worldline.checkpoint import read_tensors, write_tensors
 from worldline.eval.frechet import latent_frechet_distance, pooled_latents
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.video_metrics import compare_videos
 from worldline.rl_in_imagination.denoiser_grpo import DenoiserUpdater, GRPOConfig, Reward, dream
 from worldline.tokenizers import Tokenizer
+from worldline.trainers.state import IterationState
 from worldline.types import Clip
 
 log = logging.getLogger(__name__)
@@ -94,7 +92,11 @@ def posttrain(
         out: a folder claimed for this run.
     """
     updater = DenoiserUpdater(model, settings.grpo)
-    state = _State(out / "training" / "state.safetensors", updater)
+    state = IterationState(
+        out / "training" / "state.safetensors",
+        modules={"model": updater.model, "reference": updater.reference},
+        optimizers={"model": updater.optimizer},
+    )
     iteration, history, checks = state.restore()
     grpo = settings.grpo
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
@@ -221,38 +223,3 @@ def _reason(checks: list[dict[str, float]], settings: PosttrainSettings) -> str:
     best = best_of(checks, settings)
     since = sum(c["iteration"] > best for c in checks)
     return f"{since} checks brought nothing better than iteration {best}" if since >= settings.patience else ""
-
-
-class _State:
-    """Everything a post-training needs to go on bit for bit, in one file."""
-
-    def __init__(self, path: Path, updater: DenoiserUpdater) -> None:
-        self.path, self.updater = path, updater
-        self.modules = {"model": updater.model, "reference": updater.reference}
-
-    def store(self, iteration: int, history: list[dict[str, float]], checks: list[dict[str, float]]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
-        for index, values in self.updater.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
-        told = json.dumps({"iteration": iteration, "history": history, "checks": checks}).encode()
-        write_tensors(self.path, {**tensors, "told": torch.frombuffer(bytearray(told), dtype=torch.uint8)})
-
-    def restore(self) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
-        if not self.path.is_file():
-            return 0, [], []
-        tensors = read_tensors(self.path)
-        for name, module in self.modules.items():
-            head = f"{name}/"
-            module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, slot = key.split("/")
-                slots.setdefault(int(index), {})[slot] = value
-        optimizer = self.updater.optimizer
-        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-        told = json.loads(bytes(tensors["told"].tolist()))
-        log.info("resuming post-training at iteration %d", told["iteration"])
-        return told["iteration"], told["history"], told["checks"]

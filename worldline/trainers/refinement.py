@@ -8,7 +8,6 @@
 - Nothing of the world model, its tokenizer or the scorer learns: their fingerprints are compared at the end.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from worldline.checkpoint import fingerprint, read_tensors, to_json, write_tensors
+from worldline.checkpoint import fingerprint, to_json
 from worldline.errors import WorldlineError
 from worldline.eval.intervals import wilson
 from worldline.eval.replays import Replays
@@ -36,6 +35,7 @@ from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork
 from worldline.rl_in_imagination.success import episode_probability
 from worldline.trainers.inputs import claim_output
+from worldline.trainers.state import IterationState
 from worldline.types import Observation, Scorer, WorldSpec, require_match
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,11 @@ def refine(
         normalizer = cloned(actor).pose_normalizer
         critic = ValueNetwork(actor.encoder.config, actor.spec, pose_normalizer=normalizer).eval()
     updater = Updater(actor, critic, settings.ppo)
-    state = _State(out / "training" / "state.safetensors", updater)
+    state = IterationState(
+        out / "training" / "state.safetensors",
+        modules={"actor": updater.actor, "reference": updater.reference, "critic": updater.critic},
+        optimizers={"actor": updater.optimizer, "critic": updater.critic_optimizer},
+    )
     iteration, history, checks = state.restore()
     spec = actor.spec
     frames_a_chunk = cloned(actor).chunk_length // spec.control_steps
@@ -281,44 +285,3 @@ def real_observations(replays: Replays, most: int) -> Observation:
 def cloned(actor: Any) -> ClonedPolicy | VideoActionPolicy:
     """The policy that was learned from demonstrations."""
     return actor.base if isinstance(actor, SteeredPolicy) else actor
-
-
-class _State:
-    """Everything a refinement needs to go on bit for bit, in one file."""
-
-    def __init__(self, path: Path, updater: Updater) -> None:
-        self.path = path
-        self.modules = {"actor": updater.actor, "reference": updater.reference, "critic": updater.critic}
-        self.optimizers = {"actor": updater.optimizer, "critic": updater.critic_optimizer}
-
-    def store(self, iteration: int, history: list[dict[str, float]], checks: list[dict[str, float]]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            if isinstance(module, nn.Module):
-                tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            slots = {} if optimizer is None else optimizer.state_dict()["state"]
-            for index, values in slots.items():
-                tensors |= {f"optimizer/{name}/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
-        told = json.dumps({"iteration": iteration, "history": history, "checks": checks}).encode()
-        write_tensors(self.path, {**tensors, "told": torch.frombuffer(bytearray(told), dtype=torch.uint8)})
-
-    def restore(self) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
-        if not self.path.is_file():
-            return 0, [], []
-        tensors = read_tensors(self.path)
-        for name, module in self.modules.items():
-            if isinstance(module, nn.Module):
-                head = f"{name}/"
-                module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
-        for name, optimizer in self.optimizers.items():
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer/{name}/"):
-                    _, _, index, slot = key.split("/")
-                    slots.setdefault(int(index), {})[slot] = value
-            if optimizer is not None:
-                optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-        told = json.loads(bytes(tensors["told"].tolist()))
-        log.info("resuming refinement at iteration %d", told["iteration"])
-        return told["iteration"], told["history"], told["checks"]

@@ -25,8 +25,8 @@ _REAL, _SYNTHETIC = 101, 102  # streams of random numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SyntheticTables:
-    """n made-up transitions for each of e members, in physical units, in any order."""
+class _Transitions:
+    """n transitions for each of e members."""
 
     observations: Float[Tensor, "e n o"]
     actions: Float[Tensor, "e n a"]
@@ -35,15 +35,16 @@ class SyntheticTables:
     terminated: Bool[Tensor, "e n"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Rows for every member: observations normalised, actions in unit coordinates, rewards scaled."""
+class SyntheticTables(_Transitions):
+    """Made-up ones, in physical units, in any order."""
 
-    observations: Float[Tensor, "e n o"]
-    actions: Float[Tensor, "e n a"]
-    rewards: Float[Tensor, "e n"]
-    next_observations: Float[Tensor, "e n o"]
-    terminated: Bool[Tensor, "e n"]
+    __slots__ = ()
+
+
+class Batch(_Transitions):
+    """Those of one update: observations normalised, actions in unit coordinates, rewards scaled."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,7 +109,7 @@ def train_joint(config: MakeEmbodiments, few: int | None, seed: int) -> Path:
 
 
 def load_test(config: MakeEmbodiments, dream: Dream, robot: str) -> Replays:
-    dataset, stride = open_for(dream, config.out / robot / "test")
+    dataset, stride = open_for(dream.spec, config.out / robot / "test")
     cameras = [c.name for c in dream.spec.cameras]
     return load_replays(dataset, range(config.tests), cameras=cameras, frames=config.frames, stride=stride)
 

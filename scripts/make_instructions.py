@@ -131,7 +131,7 @@ def rate(hits: np.ndarray) -> str:
 
 def evaluate(config: MakeInstructions, seed: int) -> list[str]:
     dream, judge = train_dream(config, seed), Probe.from_pretrained(config.out / "probe")
-    dataset, stride = open_for(dream, config.out / "test")
+    dataset, stride = open_for(dream.spec, config.out / "test")
     cameras = [c.name for c in dream.spec.cameras]
     replays = load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride)
     pairs = sentences(replays)

@@ -262,7 +262,7 @@ def drift_of(folder: Path, replays: Replays, sampling: dict[str, Any]) -> dict[s
 def load_tests(config: MakeLongDreams, dream: Dream) -> Replays:
     parts = []
     for test in data(config, test=True):
-        dataset, stride = open_for(dream, test)
+        dataset, stride = open_for(dream.spec, test)
         cameras = [c.name for c in dream.spec.cameras]
         parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=None, stride=stride))
     return join_replays(parts)

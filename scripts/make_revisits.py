@@ -91,7 +91,7 @@ def evaluate(config: MakeRevisits, arm: str, seed: int) -> dict[str, Any]:
     kept = home / f"revisits-{arm}{seed}.json"
     if not kept.is_file():
         dream = load_dream(folder)
-        dataset, stride = open_for(dream, home / "test")
+        dataset, stride = open_for(dream.spec, home / "test")
         replays = load_replays(dataset, range(len(dataset)), cameras=("wrist",), frames=None, stride=stride)
         judge = Probe.from_pretrained(home / "probe")
         kept.write_text(json.dumps(revisit_identity(dream, replays, judge, away=config.away, progress=True)))

@@ -225,7 +225,7 @@ def inverse_table(config: MakeVideoAction, seed: int) -> str:
     cameras = [c.name for c in dream.spec.cameras]
     parts = []
     for task in config.tasks:
-        dataset, stride = open_for(dream, config.out / task / "test")
+        dataset, stride = open_for(dream.spec, config.out / task / "test")
         parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride))
     replays = join_replays(parts)
     truth = replays.actions.flatten(0, 1).mean(1).numpy()  # the mean action of a block: what a probe reads

@@ -247,6 +247,9 @@ class Denoiser:
         state = self.observe(seen)
         return self.gain * (0.5 * state.tensors["wrist"].flatten(1) + effect(actions[:, 0])[:, None])[None]
 
+    def require_traceable(self, steps):
+        pass
+
     def sample_traced(self, seen, actions, *, seeds, steps=1, eta=1.0):
         noise, mean = row_noise(seeds, 0, 0, (3,)), self._mean((seen, actions)).detach()
         x = torch.stack([noise, mean[0] + self.std * row_noise(seeds, 0, 1, (3,))])

@@ -292,6 +292,8 @@ class WorldModel(Protocol):
 class TracedWorldModel(WorldModel, Protocol):
     """Stochastic paths with exact log-probabilities, differentiated also through what the weights made of what was `seen`."""
 
+    def require_traceable(self, steps: int) -> None: ...  # raises `SpecMismatch`
+
     def sample_traced(
         self, seen: Clip, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"], steps: int, eta: float
     ) -> Trace: ...
@@ -308,9 +310,9 @@ class Policy(Protocol):
     """Observation to a chunk of m actions at control rate, physical units. State is explicit, reset by `where`."""
 
     @property
-    def spec(self) -> WorldSpec:
-        """What it requires of the world: cameras, poses, action convention, control steps per frame."""
-        ...
+    def spec(
+        self,
+    ) -> WorldSpec: ...  # required of the world: cameras, poses, action convention, control steps per frame
 
     def reset(self, n: int) -> RowState: ...
 

@@ -236,6 +236,17 @@ def test_rank_against_a_simulator(lab: Lab, worldline: Run, tmp_path: Path, imag
     assert len(imagined) == before
     assert results(out)["policies"] == found["policies"]
 
+    # against itself nothing changes; against a ranking of other policies nothing can be said
+    again = [*command, "--out", tmp_path / "again", "--against", out]
+    assert worldline(*again).code == 0
+    change = results(tmp_path / "again")["change"]
+    assert change["episodes"] == 6 and change["measures"]["bias"]["before"] == change["measures"]["bias"]["after"]
+    assert change["measures"]["bias"]["low"] == change["measures"]["bias"]["high"] == 0
+    said = worldline(*again[:-2], "--against", tmp_path / "again", "--policies", idler, runner, lab.bc)
+    assert said.code == 2 and "a ranking of the same policies is required" in said.err
+    said = worldline(*again[:-2], "--against", lab.wm)
+    assert said.code == 2 and "the folder of a report is required" in said.err
+
 
 def test_rank_says_when_true_starts_are_training_starts(
     lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

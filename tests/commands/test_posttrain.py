@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import Lab, Run, do, record
+from tests.commands.dots import WORLD
 from tests.commands.test_all_verbs import results
 from tests.commands.test_label import LOOP
-from worldline.worldmodels import load_world_model
+from tests.commands.test_video_action import TRAIN
+from worldline.worldmodels import VideoActionModel, load_world_model
 
 RL = ["--rl.iterations", 2, "--rl.check-every", 1, "--rl.check-clips", 4, "--rl.grpo.contexts", 2, "--rl.grpo.group", 2,
       "--rl.grpo.frames", 3, "--videos", 1]  # fmt: skip
+
+UNIFIED = [*TRAIN, "--model.chunk", 2, "--model.solver-steps", 4]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,46 @@ def test_a_world_model_goes_in_and_one_comes_out(home: Path, worldline: Run, tmp
     assert again.code == 0 and results(tmp_path / "out", videos=True) == found
     changed = worldline(*run, "--rl.grpo.lr", 0.1)
     assert changed.code == 2 and "rl" in changed.err
+
+
+def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    policies = ["tests.commands.dots:runner", "tests.commands.dots:idler", "tests.commands.dots:mixed"]
+    asked = ["--ranking.policies", *policies, "--ranking.scorer", lab.scorer, "--ranking.truth", WORLD, "--ranking.episodes", 4,
+             "--ranking.horizon", 20, "--ranking.processes", 0]  # fmt: skip
+    run = [*command(home, tmp_path / "out"), "--override-audit", "True", "--videos", 0, "--rl.iterations", 1]
+    said = worldline(*run, *asked)
+    assert said.code == 0, said.err
+    change = results(tmp_path / "out", videos=False)["ranking"]
+    before, after = (results(tmp_path / "out" / "ranking" / name) for name in ("before", "after"))
+    assert before["change"] is None and after["change"] == change and change["episodes"] == 4
+    assert before["outcomes"]["true"] == after["outcomes"]["true"]
+    assert change["measures"]["bias"]["after"] == pytest.approx(after["statistics"]["bias"])
+    said = worldline(
+        *run, "--ranking.policies", *policies[:2], "--ranking.scorer", lab.scorer, "--ranking.truth", WORLD
+    )
+    assert said.code == 2 and "at least three --ranking.policies" in " ".join(said.err.split())
+
+
+def test_a_unified_model_is_post_trained_too_by_adapters(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    data = ["--data", home / "data", "--tokenizer", lab.tok]
+    for design in ("uwm", "uva"):
+        do("train", "video-action", *data, "--out", tmp_path / design, "--model.design", design, *UNIFIED)
+    run = [
+        *command(home, tmp_path / "out", world_model=tmp_path / "uwm"),
+        "--override-audit",
+        "True",
+        "--rl.grpo.lora-rank",
+        2,
+    ]
+    said = worldline(*run, "--rl.grpo.frames", 3)
+    assert said.code == 2 and "whole chunks of 2 frames are required by this world model, got 3" in said.err
+    said = worldline(*run, "--rl.grpo.frames", 4)
+    assert said.code == 0, said.err
+    assert len(results(tmp_path / "out", videos=True)["history"]) == 2
+    model, _ = load_world_model(tmp_path / "out")
+    assert isinstance(model, VideoActionModel)
+    said = worldline(*command(home, tmp_path / "other", world_model=tmp_path / "uva"), "--override-audit", "True")
+    assert said.code == 2 and "design uwm is required" in said.err and not (tmp_path / "other").exists()
 
 
 def test_what_is_refused(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:

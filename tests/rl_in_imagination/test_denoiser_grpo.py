@@ -133,3 +133,25 @@ def test_what_is_broken_is_named():
         GRPOConfig(group=1)
     with pytest.raises(ValueError, match=r"at least 4 solver steps .*got 2"):
         GRPOConfig(solver_steps=2)
+
+
+def test_adapters_alone_learn_and_are_published_as_plain_weights():
+    """It begins as it was, only adapters move, and what is published says the same without them."""
+    model, tokenizer = half_trained()
+    begun = copy.deepcopy(model)
+    updater = DenoiserUpdater(model, replace(CONFIG, lora_rank=4, lr=1e-2))
+    assert sum(p.numel() for p in updater.weights) < 0.3 * sum(p.numel() for p in begun.parameters())
+    seen, actions = contexts(0)
+    made = dream(model, tokenizer, follows, seen, actions, CONFIG, seeds=torch.arange(64))
+    assert torch.allclose(made.old, log_density(begun.trace_means(made.trace), made.trace), atol=1e-3)
+    updater.update(made, torch.Generator().manual_seed(0))
+    plain = updater.published()
+    assert set(plain.state_dict()) == set(begun.state_dict())
+    means, before = model.trace_means(made.trace), begun.trace_means(made.trace)
+    assert torch.allclose(plain.trace_means(made.trace), means, atol=1e-4)
+    assert (means - before).abs().max() > 1e-3
+    moved = {k for k, v in plain.state_dict().items() if not torch.equal(v, begun.state_dict()[k])}
+    hidden = {id(p) for p in begun.hidden_matrices()}
+    assert moved and moved <= {name for name, p in begun.named_parameters() if id(p) in hidden}
+    with pytest.raises(ValueError, match="lora_rank of at least 0 required, got -1"):
+        GRPOConfig(lora_rank=-1)

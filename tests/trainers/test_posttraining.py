@@ -45,10 +45,12 @@ def run(begun, out: Path, settings=SETTINGS, reward=agrees, judge=agrees):
     return own, found
 
 
-def test_a_killed_run_goes_on_bit_for_bit(begun, tmp_path):
-    whole, found = run(begun, tmp_path / "a")
-    run(begun, tmp_path / "b", replace(SETTINGS, iterations=2))
-    again, resumed = run(begun, tmp_path / "b")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_run_goes_on_bit_for_bit(begun, tmp_path, rank):
+    settings = replace(SETTINGS, grpo=replace(GRPO, lora_rank=rank))
+    whole, found = run(begun, tmp_path / "a", settings)
+    run(begun, tmp_path / "b", replace(settings, iterations=2))
+    again, resumed = run(begun, tmp_path / "b", settings)
     assert resumed.history == found.history and resumed.checks == found.checks
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -8,11 +8,14 @@ import torch
 
 from tests.oracles import dot_clip, dot_tokenizer, encoded, gaussian_denoiser
 from tests.worldmodels.test_autoregressive import scrambled, small_model
+from tests.worldmodels.test_video_action import build
+from tests.worldmodels.test_video_action import scrambled as scrambled_unified
 from worldline.diffusion import LevelDistribution, linear_path, solver_levels
 from worldline.diffusion.stochastic import gaussian_log_prob, renoised_std, sample_renoised
 from worldline.errors import SpecMismatch
+from worldline.rl_in_imagination.denoiser_grpo import repeat, rows_of
 from worldline.worldmodels.memory import MemoryConfig
-from worldline.worldmodels.traced import log_prob, sample_traced, step_log_probs, trace_means
+from worldline.worldmodels.traces import step_log_probs
 
 # --- the sampler ------------------------------------------------------------------------------------------------------
 
@@ -62,27 +65,27 @@ def test_one_pass_says_of_a_streamed_dream_what_streaming_did(given, eta, histor
     """Beyond the window too: each step's mean, and so the log-probability, is that of sampling."""
     model = traced_model(history_level=history_level)
     seen, actions = begin(3, given, 7)
-    trace = sample_traced(model, seen, actions, seeds=torch.arange(3), steps=4, eta=eta)
+    trace = model.sample_traced(seen, actions, seeds=torch.arange(3), steps=4, eta=eta)
     assert trace.x.shape[:3] == (4, 3, 7) and trace.mean.shape[:3] == (3, 3, 7)
-    means = trace_means(model, trace)
+    means = model.trace_means(trace)
     assert torch.allclose(means, trace.mean, atol=2e-4), float((means - trace.mean).abs().max())
     expected = torch.stack(
         [torch.distributions.Normal(trace.mean[j], trace.std[j]).log_prob(trace.x[j + 1]).sum((1, 2)) for j in range(3)]
     ).sum(0)
-    assert torch.allclose(log_prob(model, trace), expected, rtol=1e-3, atol=0.5)
-    assert torch.allclose(step_log_probs(means, trace).sum((0, 2)), log_prob(model, trace))
+    assert torch.allclose(model.log_prob(trace), expected, rtol=1e-3, atol=0.5)
+    assert torch.allclose(step_log_probs(means, trace).sum((0, 2)), model.log_prob(trace))
 
 
 def test_a_row_is_of_its_seed_alone_and_its_frames_are_what_is_decoded():
     model = traced_model()
     seen, actions = begin(4, 2, 3)
     seeds = torch.tensor([5, 6, 7, 8])
-    whole = sample_traced(model, seen, actions, seeds=seeds, steps=4)
+    whole = model.sample_traced(seen, actions, seeds=seeds, steps=4)
     some = torch.tensor([2])
     part = replace(
         seen, frames={c: z[some] for c, z in seen.frames.items()}, poses=seen.poses[some], actions=seen.actions[some]
     )
-    alone = sample_traced(model, part, actions[some], seeds=seeds[some], steps=4)
+    alone = model.sample_traced(part, actions[some], seeds=seeds[some], steps=4)
     assert torch.allclose(alone.x[:, 0], whole.x[:, 2], atol=1e-4)
     made = whole.context.imagination
     assert made.poses.shape == (4, 3, 2) and next(iter(made.latents.values())).shape[:2] == (4, 3)
@@ -92,29 +95,29 @@ def test_a_row_is_of_its_seed_alone_and_its_frames_are_what_is_decoded():
 def test_the_gradient_raises_the_probability_of_what_was_sampled():
     model = traced_model()
     seen, actions = begin(2, 1, 3)
-    trace = sample_traced(model, seen, actions, seeds=torch.arange(2), steps=4)
+    trace = model.sample_traced(seen, actions, seeds=torch.arange(2), steps=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    before = log_prob(model, trace).sum()
+    before = model.log_prob(trace).sum()
     (-before).backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.network.blocks.parameters())
     optimizer.step()
-    assert log_prob(model, trace).sum() > before
+    assert model.log_prob(trace).sum() > before
 
 
 def test_log_prob_is_differentiated_through_history_too():
     """Along its gradient, by the weights that make history's keys and values, it rises as fast as the gradient is long."""
     model = traced_model()
     seen, actions = begin(1, 2, 3)
-    trace = sample_traced(model, seen, actions, seeds=torch.arange(1), steps=4)
+    trace = model.sample_traced(seen, actions, seeds=torch.arange(1), steps=4)
     weight = model.network.blocks[0].time.qkv.weight
-    log_prob(model, trace).sum().backward()
+    model.log_prob(trace).sum().backward()
     length, small = float(weight.grad.norm()), 1e-3
     with torch.no_grad():
         step = small * weight.grad / length
         weight += step
-        up = float(log_prob(model, trace))
+        up = float(model.log_prob(trace))
         weight -= 2 * step
-        down = float(log_prob(model, trace))
+        down = float(model.log_prob(trace))
     assert (up - down) / (2 * small) == pytest.approx(length, rel=0.05)
 
 
@@ -133,10 +136,83 @@ def test_ways_of_sampling_without_a_known_density_are_refused(options, steps, ex
         model.config = replace(model.config, network=replace(model.config.network, **network))
     seen, actions = begin(1, 1, 2)
     with pytest.raises(SpecMismatch, match=expected):
-        sample_traced(model, seen, actions, seeds=torch.arange(1), steps=steps)
+        model.sample_traced(seen, actions, seeds=torch.arange(1), steps=steps)
 
 
 def test_other_etas_are_refused():
     seen, actions = begin(1, 1, 2)
     with pytest.raises(ValueError, match="eta above 0"):
-        sample_traced(traced_model(), seen, actions, seeds=torch.arange(1), eta=0.0)
+        traced_model().sample_traced(seen, actions, seeds=torch.arange(1), eta=0.0)
+
+
+# --- the unified model, which makes a chunk of frames together ----------------------------------------------------------
+
+
+def unified(design: str = "uwm", **options):
+    return scrambled_unified(build(design, frame_levels=LevelDistribution(pure=0.5, low=0.02), **options))
+
+
+@pytest.mark.parametrize(("chunk", "given"), [(1, 1), (1, 4), (2, 1), (3, 3)])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_the_unified_models_steps_are_those_that_it_sampled(chunk, given, eta):
+    model = unified(chunk=chunk, text="hashed")
+    seen, actions = begin(3, given, 6)
+    trace = model.sample_traced(seen, actions, seeds=torch.arange(3), steps=4, eta=eta)
+    assert trace.x.shape[:3] == (4, 3, 6) and trace.mean.shape[:3] == (3, 3, 6)
+    means = model.trace_means(trace)
+    assert torch.allclose(means, trace.mean, atol=2e-5), float((means - trace.mean).abs().max())
+    normal = torch.distributions.Normal(trace.mean, trace.std[:, None, None, None])
+    assert torch.allclose(model.log_prob(trace), normal.log_prob(trace.x[1:]).sum((0, 2, 3)), rtol=1e-4, atol=0.1)
+    rows = torch.tensor([2, 0])
+    assert torch.allclose(model.trace_means(rows_of(trace, rows)), means[:, rows], atol=2e-5)
+
+
+def test_without_fresh_noise_the_unified_trace_is_the_deployed_sampler():
+    """With almost none: the same start, and the deterministic solver's frames."""
+    model = unified(chunk=2, solver_steps=4)
+    seen, actions = begin(2, 2, 4)
+    traced = model.dreamt(model.sample_traced(seen, actions, seeds=torch.arange(2), steps=4, eta=1e-4))
+    _, made = model.imagine(model.observe(seen), actions, seeds=torch.arange(2))
+    for camera, z in made.latents.items():
+        assert torch.allclose(traced.latents[camera], z, atol=5e-3)
+    assert torch.allclose(traced.poses, made.poses, atol=5e-3)
+
+
+def test_the_unified_models_gradient_is_that_of_what_was_sampled():
+    model = unified(chunk=2)
+    seen, actions = begin(1, 2, 4)
+    trace = model.sample_traced(seen, actions, seeds=torch.arange(1), steps=4)
+    weight = model.hidden_matrices()[0]
+    model.log_prob(trace).sum().backward()
+    length, small = float(weight.grad.norm()), 1e-3
+    with torch.no_grad():
+        step = small * weight.grad / length
+        weight += step
+        up = float(model.log_prob(trace))
+        weight -= 2 * step
+        down = float(model.log_prob(trace))
+    assert (up - down) / (2 * small) == pytest.approx(length, rel=0.05)
+
+
+def test_a_unified_row_is_of_its_seed_alone():
+    model = unified(chunk=2)
+    seen, actions = begin(4, 2, 4)
+    seeds = torch.tensor([5, 6, 7, 8])
+    whole = model.sample_traced(seen, actions, seeds=seeds, steps=4)
+    some = torch.tensor([2])
+    alone = model.sample_traced(repeat(seen, some), actions[some], seeds=seeds[some], steps=4)
+    assert torch.allclose(alone.x[:, 0], whole.x[:, 2], atol=1e-5)
+    assert not torch.allclose(whole.x[1, 0], whole.x[1, 1])
+
+
+def test_unified_sampling_without_a_known_density_is_refused():
+    seen, actions = begin(1, 1, 4)
+    seeds = torch.arange(1)
+    with pytest.raises(SpecMismatch, match="design uwm is required"):
+        unified("uva").sample_traced(seen, actions, seeds=seeds)
+    with pytest.raises(SpecMismatch, match="a sampler with stochastic steps is required"):
+        unified().sample_traced(seen, actions, seeds=seeds, steps=1)
+    with pytest.raises(SpecMismatch, match="blocks in whole chunks of 3 required, got 4"):
+        unified(chunk=3).sample_traced(seen, actions, seeds=seeds)
+    with pytest.raises(ValueError, match="eta above 0"):
+        unified().sample_traced(seen, actions, seeds=seeds, eta=2.0)

@@ -83,7 +83,7 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
     """Write the video and return its path."""
     check_video_file(config.out)
     dream = load_dream(config.world_model, config.sampling())
-    dataset, stride = open_for(dream, config.data)
+    dataset, stride = open_for(dream.spec, config.data)
     if not 0 <= config.episode < len(dataset):
         raise WorldlineError(f"--episode 0 to {len(dataset) - 1} required by {config.data}, got {config.episode}")
     cameras = [c.name for c in dream.spec.cameras]
@@ -254,7 +254,7 @@ def _open_replays(config: Evaluate, dream: Dream) -> tuple[Replays, list[LeRobot
     cameras = [c.name for c in dream.spec.cameras]
     parts, datasets, left_out, before = [], [], 0, 0
     for folder in config.data:
-        dataset, stride = open_for(dream, folder)
+        dataset, stride = open_for(dream.spec, folder)
         episodes = dataset.split(config.split)[: config.max_episodes]
         part = load_replays(dataset, episodes, cameras=cameras, frames=config.frames, stride=stride)
         left_out += len(episodes) - len(part.episodes)

@@ -1,5 +1,6 @@
 """Output folders of the verbs: what may be written where, and the command that a report repeats."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -24,6 +25,14 @@ def check_report_folder(out: Path) -> None:
     else:
         return
     raise WorldlineError(f"--out {out}: a new or empty folder, or one of an earlier report, is required; {got}.")
+
+
+def report_results(folder: Path) -> dict[str, Any]:
+    """What a verb told programs in `folder`/report.json. Raises `WorldlineError` where there is none."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise WorldlineError(f"the folder of a report is required, {path} is not there")
+    return json.loads(path.read_text())["results"]
 
 
 def check_video_file(out: Path) -> None:

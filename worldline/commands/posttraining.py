@@ -1,6 +1,8 @@
 """Verb `posttrain`: make a world model do what its actions say, by inverse-dynamics rewards on its own dreams."""
 
-from dataclasses import dataclass, field
+import math
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +10,48 @@ import torch
 from torch import Tensor
 
 from worldline.checkpoint import to_json
-from worldline.commands.outputs import command_line
+from worldline.commands.outputs import command_line, report_results
+from worldline.commands.ranking import Rank, run_rank
+from worldline.commands.ranking_page import change_rows
 from worldline.commands.rollouts import weights_of
 from worldline.errors import SpecMismatch
 from worldline.eval import Report, video_grid
 from worldline.eval.plots import curve_bands
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.replays import open_for
-from worldline.rl_in_imagination.dream import Dream
 from worldline.rl_in_imagination.inverse import InverseModel
 from worldline.rl_in_imagination.inverse_audit import check_inverse
 from worldline.tokenizers import Tokenizer
 from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, open_datasets
 from worldline.trainers.inverse import require_disjoint
 from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
-from worldline.types import Clip, require_match
-from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
+from worldline.types import Clip, TracedWorldModel, WorldModel, require_match
+from worldline.worldmodels import load_world_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoliciesToRank:
+    """Policies that both world models, as it was and as it became, rank by the same episodes: does it rank better? None: not asked."""
+
+    policies: tuple[str, ...] = ()
+    """Three or more, as for `worldline rank`; of no lineage whose rollouts the world model learned from."""
+    scorer: Path | None = None
+    truth: str | None = None
+    """Simulator, for example metaworld/drawer-open-v3."""
+    episodes: int = 50
+    """True and imagined rollouts a policy."""
+    horizon: int = 160
+    """Control steps of a true rollout."""
+    seed: int = 0
+    processes: int | None = None
+    """Simulator processes; one a core by default."""
+
+    def __post_init__(self) -> None:
+        if self.policies and (len(self.policies) < 3 or self.scorer is None or self.truth is None):
+            raise ValueError(
+                f"--ranking: at least three --ranking.policies, --ranking.scorer and --ranking.truth are required together, got "
+                f"{list(self.policies)}, {self.scorer} and {self.truth}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +66,7 @@ class Posttrain:
     """
 
     world_model: Path
-    """An autoregressive world model without memory."""
+    """An autoregressive world model without memory, or a unified video-action model of design uwm."""
     reward: Path
     """Made by `worldline train inverse --half first`."""
     judge: Path
@@ -51,6 +79,7 @@ class Posttrain:
     """Use inverse models that failed their audit. The report says so."""
     videos: int = 3
     """Held-out clips shown before and after."""
+    ranking: PoliciesToRank = field(default_factory=PoliciesToRank)
 
     def __post_init__(self) -> None:
         if self.videos < 0:
@@ -65,17 +94,22 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     }
     require_disjoint(config.reward, config.judge)
     model, tokenizer = load_world_model(config.world_model)
-    if not isinstance(model, AutoregressiveWorldModel):
+    if not isinstance(model, TracedWorldModel):
         raise SpecMismatch(
             f"--world-model {config.world_model}: a world model whose sampling has a log-probability is required (worldline train "
-            f"world-model), got {type(model).__name__}"
+            f"world-model, or video-action of design uwm), got {type(model).__name__}"
+        )
+    model.require_traceable(config.rl.grpo.solver_steps)
+    if config.rl.grpo.frames % model.spec.chunk:
+        raise SpecMismatch(
+            f"--rl.grpo.frames: whole chunks of {model.spec.chunk} frames are required by this world model, got {config.rl.grpo.frames}"
         )
     reward, judge = (InverseModel.from_pretrained(folder) for folder in (config.reward, config.judge))
     for name, inverse in (("reward", reward), ("judge", judge)):
         require_match(
             model.spec, inverse.spec, between=f"world model and {name}", only=("cameras", "control_steps", "action")
         )
-    _, stride = open_for(Dream(model, tokenizer), config.data[0])
+    _, stride = open_for(model.spec, config.data[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made_from = {
         "world_model": weights_of(config.world_model),
@@ -92,7 +126,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
     options: dict[str, Any] = {"stride": stride, "device": device, "progress": progress}
     batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
-    checked = LatentBatches(held_out, tokenizer, frames=PROTOCOL.clip_frames, **options)
+    chunks = math.ceil((PROTOCOL.clip_frames - 1) / model.spec.chunk)
+    checked = LatentBatches(held_out, tokenizer, frames=chunks * model.spec.chunk + 1, **options)
     clip = checked.batch(0, 0, config.rl.check_clips)
     for module in (model, reward, judge):
         module.to(device)
@@ -114,7 +149,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
         },
         progress=progress,
     )
-    _report(config, found, failures, made_from, tokenizer, clip, before, model.spec.fps)
+    change = _ranked(config, progress)
+    _report(config, found, failures, made_from, tokenizer, clip, before, model.spec.fps, change)
     return config.out
 
 
@@ -123,8 +159,32 @@ def _kept(settings: PosttrainSettings) -> Any:
     return {k: v for k, v in to_json(settings).items() if k not in ("iterations", "patience")}
 
 
+def _ranked(config: Posttrain, progress: bool) -> dict[str, Any] | None:
+    """How both world models rank the policies of --ranking, in reports of their own; None if it was not asked."""
+    asked = config.ranking
+    if not asked.policies or asked.scorer is None:
+        return None
+    before, after = config.out / "ranking" / "before", config.out / "ranking" / "after"
+    rank = Rank(
+        world_model=config.world_model,
+        scorer=asked.scorer,
+        policies=asked.policies,
+        truth=asked.truth,
+        episodes=asked.episodes,
+        imagined_episodes=asked.episodes,
+        horizon=asked.horizon,
+        seed=asked.seed,
+        processes=asked.processes,
+        out=before,
+    )
+    run_rank(rank, progress=progress)
+    shutil.copytree(before / "rollouts", after / "rollouts", dirs_exist_ok=True)  # the true ones are the same
+    run_rank(replace(rank, world_model=config.out, out=after, against=before), progress=progress)
+    return report_results(after)["change"]
+
+
 @torch.no_grad()
-def _dreams(model: AutoregressiveWorldModel, tokenizer: Tokenizer, clip: Clip, count: int) -> dict[str, Tensor]:
+def _dreams(model: WorldModel, tokenizer: Tokenizer, clip: Clip, count: int) -> dict[str, Tensor]:
     """Frames of the first clips as the deployed sampler dreams them."""
     if not count:
         return {}
@@ -149,6 +209,7 @@ def _report(
     clip: Clip,
     before: dict[str, Tensor],
     fps: float,
+    change: dict[str, Any] | None,
 ) -> None:
     report = Report(
         f"Post-training of {config.world_model.name}", command=command_line("posttrain", config), provenance=made_from
@@ -167,7 +228,7 @@ def _report(
             "there is no gap to close."
         )
     report.text(
-        f"On {config.rl.check_clips} held-out clips of {PROTOCOL.clip_frames} frames the judge finds the commanded actions with an agreement of "
+        f"On {config.rl.check_clips} held-out clips of {clip.poses.shape[1]} frames the judge finds the commanded actions with an agreement of "
         f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "
         f"iteration {found.best}, which is the one in this folder{closed}; on real video through the tokenizer {first['ceiling']:.3f}. Moved pixels: "
         f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best "
@@ -190,9 +251,15 @@ def _report(
         for c in found.checks
     ]
     report.table("Checks on held-out clips", columns, rows)
+    if change is not None:
+        report.table(
+            f"Does it rank better? {len(change['policies'])} policies, {change['episodes']} episodes each",
+            ["agreement with the simulator", "before", "post-trained", "difference, 95% interval"],
+            change_rows(change),
+            note="Paired over starts. Both rankings have pages of their own: ranking/before/report.html and ranking/after/report.html.",
+        )
     if before:
         model, _ = load_world_model(config.out)
-        assert isinstance(model, AutoregressiveWorldModel)
         after = _dreams(model, tokenizer, clip, config.videos)
         real = {
             c: x.cpu() for c, x in tokenizer.decode({c: z[: config.videos] for c, z in clip.frames.items()}).items()
@@ -210,5 +277,6 @@ def _report(
         "checks": found.checks,
         "history": found.history,
         "audit_failures": failures,
+        "ranking": change,
     }
     report.write(config.out, results)

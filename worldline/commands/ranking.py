@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldline.commands.independence import shared_with_training
 from worldline.commands.outputs import check_report_folder, command_line
+from worldline.commands.ranking_against import change_since, earlier_outcomes, outcomes_of
 from worldline.commands.ranking_page import ranking_page
 from worldline.commands.recording import cores
 from worldline.commands.rollouts import (
@@ -85,6 +86,9 @@ class Rank(SamplingFlags):
     own_actions: int = 0
     """True rollouts a policy of the very actions it took in imagination. Where simulator and dream say the same of them, what
     is wrong is what the policy saw; where they do not, what actions lead to, or the scorer. Needs --truth."""
+    against: Path | None = None
+    """Report folder of another ranking of the same policies with the same --truth, --episodes and --seed, by another world model: the report
+    says which of the two ranks better."""
     seed: int = 0
     batch: int = 50
     processes: int | None = None
@@ -111,6 +115,8 @@ class Rank(SamplingFlags):
                     f"--{name.replace('_', '-')}: --truth and at most the smaller of --episodes and --imagined-episodes "
                     f"({most}) required, got {count} with --truth {self.truth}"
                 )
+        if self.against is not None and not self.truth:
+            raise ValueError("--against: --truth is required, without which nobody knows which model ranks better")
         for name in ("episodes", "imagined_episodes", "horizon", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: at least 1 required, got {getattr(self, name)}")
@@ -131,6 +137,7 @@ class _Judges:
 def run_rank(config: Rank, *, progress: bool = True) -> Path:
     """Roll out, compare, write the report, return its folder."""
     check_report_folder(config.out)
+    earlier = earlier_outcomes(config.against, labels(config.policies))
     judges = _load_judges(config)
     dream, scorer = judges.dream, judges.scorer
     policies = {name: load_policy(name, spec=dream.spec) for name in config.policies}
@@ -170,6 +177,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             "actions_out_of_range": _ranges(config, dream, imagined),
             "through_tokenizer": None,
             "own_actions": None,
+            "change": change_since(config.against, earlier, ranked, seed=config.seed),
         }
         persist = scorer.config.persist
         if truth is not None and config.through_tokenizer:
@@ -223,7 +231,7 @@ def _truth_settings(config: Rank, dream: Dream) -> TruthSettings | None:
 def _load_replays(config: Rank, dream: Dream) -> list[Replays]:
     cameras = [c.name for c in dream.spec.cameras]
     parts = []
-    for dataset, stride in [open_for(dream, folder) for folder in config.data]:
+    for dataset, stride in [open_for(dream.spec, folder) for folder in config.data]:
         chosen = dataset.split(config.replays)
         parts.append(load_replays(dataset, chosen, cameras=cameras, frames=config.frames, stride=stride))
     return parts
@@ -311,6 +319,7 @@ def _results(
         "policies": policy_table(ranked, diagnostic.threshold_interval if diagnostic else None),
         "statistics": ranked.statistics.to_dict() if ranked.statistics else None,
         "contrasts": ranked.contrasts.to_dict(),
+        "outcomes": outcomes_of(ranked),
         "corrected": ranked.corrected,
         "replay_diagnostic": diagnostic.to_dict() if diagnostic else None,
         "threshold": threshold,

@@ -63,6 +63,7 @@ def ranking_page(
         rates["true"] = [r["real"] for r in rows]
         intervals["true"] = [Interval(**r["real_interval"]) for r in rows]
     report.plot("Success by policy", success_bars(rates, intervals, names))
+    _change(report, results["change"])
     _gaps(report, results)
     _correction(report, ranked)
     needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
@@ -75,6 +76,34 @@ def ranking_page(
         add_diagnostic(report, diagnostic)
     elif not has_data:
         report.warning("No --data given: the replay diagnostic, the cheapest test of model and scorer, was not run.")
+
+
+def change_rows(change: dict[str, Any]) -> list[list[str]]:
+    """How two rankings agree with the truth: a row a measure."""
+    rows = []
+    for name, said in (
+        ("pearson", "r"),
+        ("mmrv", "MMRV"),
+        ("bias", "bias"),
+        ("mean_absolute_error", "mean absolute error"),
+    ):
+        m = change["measures"][name]
+        both = m["before"] is not None and m["after"] is not None
+        span = "–" if m["low"] is None else f"[{m['low']:+.3f}, {m['high']:+.3f}]"
+        difference = f"{m['after'] - m['before']:+.3f} {span}" if both else "–"
+        rows.append([said, _number(m["before"]), _number(m["after"]), difference])
+    return rows
+
+
+def _change(report: Report, change: dict[str, Any] | None) -> None:
+    """Which of two world models ranks better, if it was asked."""
+    if change is not None:
+        report.table(
+            f"Does it rank better? The same {change['episodes']} true starts, judged by both world models",
+            ["agreement with the truth", "--against", "this one", "difference, 95% interval"],
+            change_rows(change),
+            note="Paired over starts, for these very policies. r and MMRV of few policies move by little things: look at the policies' rates too.",
+        )
 
 
 def _gaps(report: Report, results: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldline.data import LeRobotDataset, require_actions, strided
 from worldline.errors import DatasetError
 from worldline.rl_in_imagination.dream import Dream
-from worldline.types import ActionSpec, Observation, require_match
+from worldline.types import ActionSpec, Observation, WorldSpec, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +106,11 @@ def join_replays(parts: Sequence[Replays]) -> Replays:
     )
 
 
-def open_for(dream: Dream, data: Path) -> tuple[LeRobotDataset, int]:
-    """The dataset and the stride at which it is the world model's. Raises `SpecMismatch` with the differing fields."""
-    dataset = LeRobotDataset(data, cameras=[c.name for c in dream.spec.cameras])
-    stride = max(1, dream.spec.control_steps // max(1, dataset.spec.control_steps))
-    require_match(strided(dataset.spec, stride), dream.spec, between=f"dataset {data} and world model")
+def open_for(spec: WorldSpec, data: Path) -> tuple[LeRobotDataset, int]:
+    """The dataset and the stride at which it is that of a world model. Raises `SpecMismatch` with the differing fields."""
+    dataset = LeRobotDataset(data, cameras=[c.name for c in spec.cameras])
+    stride = max(1, spec.control_steps // max(1, dataset.spec.control_steps))
+    require_match(strided(dataset.spec, stride), spec, between=f"dataset {data} and world model")
     return dataset, stride
 
 
@@ -119,7 +119,7 @@ def load_starts(data: Sequence[Path], split: str, dream: Dream, *, frames: int |
     cameras = [c.name for c in dream.spec.cameras]
     parts = []
     for folder in data:
-        dataset, stride = open_for(dream, folder)
+        dataset, stride = open_for(dream.spec, folder)
         parts.append(load_replays(dataset, dataset.split(split), cameras=cameras, frames=frames, stride=stride))
     return parts[0] if len(parts) == 1 else join_replays(parts)
 

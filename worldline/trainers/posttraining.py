@@ -111,7 +111,7 @@ def posttrain(
                 checks.append({"iteration": float(iteration), **check(model, tokenizer, reward, judge, held_out)})
                 facts = {**provenance, "iteration": iteration, "check": checks[-1]}
                 if best_of(checks, settings) == iteration:
-                    model.save_pretrained(out, provenance=facts)
+                    updater.published().save_pretrained(out, provenance=facts)
                     tokenizer.save_pretrained(out / "tokenizer")
                 for name, value in checks[-1].items():
                     writer.add_scalar(f"check/{name}", value, iteration)

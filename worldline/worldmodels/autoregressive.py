@@ -35,6 +35,7 @@ from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.ports import ONLY, Body, Port
 from worldline.worldmodels.state import StreamState
 from worldline.worldmodels.streaming import Frame, Streaming
+from worldline.worldmodels.traces import TracedSampling
 from worldline.worldmodels.training import Training
 from worldline.worldmodels.transformer import SpaceTimeTransformer
 
@@ -42,7 +43,7 @@ KIND = "autoregressive"
 SAMPLING = ("solver_steps", "history_level", "guidance", "cache_write")  # what verbs may change after training
 
 
-class AutoregressiveWorldModel(nn.Module):
+class AutoregressiveWorldModel(TracedSampling, nn.Module):
     """A `WorldModel`. Build it from a spec with latents, or load it with `from_pretrained`.
 
     Args:
@@ -211,6 +212,10 @@ class AutoregressiveWorldModel(nn.Module):
 
     # --- reinforcement learning (`traced`) ----------------------------------------------------------------------------
 
+    def require_traceable(self, steps: int) -> None:
+        """Raises `SpecMismatch` if sampling by so many steps has no known log-probability."""
+        traced.require_traceable(self, steps)
+
     def sample_traced(
         self,
         seen: Clip,
@@ -226,14 +231,6 @@ class AutoregressiveWorldModel(nn.Module):
     def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
         """Where each of those steps would go on average by the weights as they are."""
         return traced.trace_means(self, trace)
-
-    def log_prob(self, trace: Trace) -> Float[Tensor, " n"]:
-        """Of those steps together, exactly."""
-        return traced.log_prob(self, trace)
-
-    def dreamt(self, trace: Trace) -> Imagination:
-        """The frames that they led to."""
-        return trace.context.imagination
 
     # --- storage ------------------------------------------------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from worldline.diffusion import linear_path, solver_levels
 from worldline.diffusion.noise import row_noise
 from worldline.diffusion.samplers import Predict
-from worldline.diffusion.stochastic import Renoised, gaussian_log_prob, renoised_mean, renoised_std, sample_renoised
+from worldline.diffusion.stochastic import Renoised, renoised_mean, sample_renoised
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten
 from worldline.types import Clip, Imagination, Trace
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
 from worldline.worldmodels.ports import FrameBatch
+from worldline.worldmodels.traces import require_stochastic, trace_of
 from worldline.worldmodels.transformer import teacher_forcing_mask
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ def _rows(clip: NetworkClip, rows: Tensor) -> NetworkClip:
 def require_traceable(model: AutoregressiveWorldModel, steps: int) -> None:
     """Raise `SpecMismatch` for ways of sampling whose log-probability is not known, `ValueError` for steps that training never showed."""
     config = model.config
-    if steps < 2:
-        raise SpecMismatch(
-            f"a sampler with stochastic steps is required: at least 2 solver steps, of which the last is deterministic, got {steps}"
-        )
+    require_stochastic(steps)
     wrong = []
     if config.network.memory.size:
         wrong.append("a model without memory (network.memory), this one has one")
@@ -94,8 +92,7 @@ def sample_traced(
     Raises `SpecMismatch`, see `require_traceable`; `ValueError` for another eta.
     """
     require_traceable(model, steps)
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta above 0 and at most 1 required, got {eta}")
+    require_stochastic(steps, eta)
     streaming, seeds = model.streaming, seeds.to(model.device)
     levels = solver_levels(steps).tolist()
     given = model.network_units(seen)
@@ -131,19 +128,14 @@ def sample_traced(
     )
     t = given.poses.shape[1]
     imagined = unwhiten({c: z[:, t:] for c, z in whole.items()}, model.latent_spec)
-    return Trace(
-        std=torch.tensor([renoised_std(a, b, linear_path, eta=eta) for a, b in zip(levels[:-2], levels[1:-1])]),
-        mean=torch.stack([torch.stack([r.mean[j] for r in traced], 1) for j in range(steps - 1)]),
-        x=torch.stack([torch.stack([r.x[j] for r in traced], 1) for j in range(steps)]),
-        level=torch.tensor(levels[:-1]),
-        context=TracedDream(
-            units=units,
-            held=held,
-            given=t,
-            eta=eta,
-            imagination=Imagination(latents=imagined, poses=model.pose_normalizer.denormalize(units.poses[:, t:])),
-        ),
+    context = TracedDream(
+        units=units,
+        held=held,
+        given=t,
+        eta=eta,
+        imagination=Imagination(latents=imagined, poses=model.pose_normalizer.denormalize(units.poses[:, t:])),
     )
+    return trace_of(traced, levels, eta=eta, context=context, join=lambda frames: torch.stack(frames, 1))
 
 
 def trace_means(model: AutoregressiveWorldModel, trace: Trace) -> Float[Tensor, "s n f d"]:
@@ -161,17 +153,6 @@ def trace_means(model: AutoregressiveWorldModel, trace: Trace) -> Float[Tensor, 
         for j in range(s)
     ]
     return torch.stack(means)
-
-
-def step_log_probs(means: Float[Tensor, "s n f d"], trace: Trace) -> Float[Tensor, "s n f"]:
-    """Log-density of every step of every frame, given where it would go on average."""
-    spread = trace.std.tolist()
-    return torch.stack([gaussian_log_prob(trace.x[j + 1], means[j], std) for j, std in enumerate(spread)])
-
-
-def log_prob(model: AutoregressiveWorldModel, trace: Trace) -> Float[Tensor, " n"]:
-    """Of a dream's steps with a density, exactly, with gradients."""
-    return step_log_probs(trace_means(model, trace), trace).sum((0, 2))
 
 
 def _held_of(model: AutoregressiveWorldModel, seen: Clip) -> tuple[dict[str, list[Tensor]], list[Tensor]]:

@@ -19,15 +19,17 @@ from worldline.data.normalization import RobustNormalizer, normalizers_from_json
 from worldline.diffusion import add_noise, linear_path
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
-from worldline.types import Clip, Imagination, LatentSpec, TensorState, WorldSpec
+from worldline.types import Clip, Imagination, LatentSpec, TensorState, Trace, WorldSpec
 from worldline.worldmodels.autoregressive import body_of
 from worldline.worldmodels.language import text_encoder
+from worldline.worldmodels.traces import TracedSampling
 from worldline.worldmodels.trajectories.config import Guidance
+from worldline.worldmodels.video_action import traced
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles, video_alone
-from worldline.worldmodels.video_action.tokens import Draw, Future, Known
+from worldline.worldmodels.video_action.tokens import Draw, Future, Known, led
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
 from worldline.worldmodels.video_action.uwm import UnifiedWorld
 
@@ -44,7 +46,7 @@ class VideoActions:
     actions: Float[Tensor, "n _g k a"]
 
 
-class VideoActionModel(nn.Module):
+class VideoActionModel(TracedSampling, nn.Module):
     """A `WorldModel` that is also a policy, an inverse model and a video generator.
 
     Args:
@@ -98,8 +100,8 @@ class VideoActionModel(nn.Module):
         poses = self.pose_normalizer.normalize(clip.poses[:, -h:].to(self.device))
         short = max(0, h - t)
         return Known(
-            frames={c: _led(x, short) for c, x in whiten(there, self.latent_spec).items()},
-            poses=_led(poses, short),
+            frames={c: led(x, short) for c, x in whiten(there, self.latent_spec).items()},
+            poses=led(poses, short),
             count=torch.full((len(poses),), min(t, h), device=self.device),
             text=self._text(clip.instruction, len(poses)),
         )
@@ -328,6 +330,28 @@ class VideoActionModel(nn.Module):
         )
         return self._state(grown, state.tensors["frame"] + made)
 
+    # --- dreams with a known log-probability --------------------------------------------------------------------------
+
+    def require_traceable(self, steps: int) -> None:
+        """Raises `SpecMismatch` if sampling by so many steps has no known log-probability."""
+        traced.require_traceable(self, steps)
+
+    def sample_traced(
+        self,
+        seen: Clip,
+        actions: Float[Tensor, "n f k a"],
+        *,
+        seeds: Int[Tensor, " n"],
+        steps: int = 4,
+        eta: float = 1.0,
+    ) -> Trace:
+        """The f frames that follow, by stochastic solver steps that are kept. Design uwm alone."""
+        return traced.sample_traced(self, seen, actions, seeds=seeds, steps=steps, eta=eta)
+
+    def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
+        """Where each of those steps would go on average by the weights as they are."""
+        return traced.trace_means(self, trace)
+
     # --- storage ------------------------------------------------------------------------------------------------------
 
     @property
@@ -373,8 +397,3 @@ class VideoActionModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VideoActionModel":
         return checkpoint.load_part(folder, part="world-model", kind=KIND, build=cls.from_config)
-
-
-def _led(x: Tensor, before: int) -> Tensor:
-    """ "n t ..." with so many zero frames before."""
-    return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x], 1) if before else x

@@ -257,3 +257,8 @@ class Tokens(nn.Module):
         c, h, w = self.shapes[camera]
         p = self.patch
         return rearrange(patches, "n f (h w) (c p q) -> n f c (h p) (w q)", h=h // p, w=w // p, c=c, p=p, q=p)
+
+
+def led(x: Tensor, before: int) -> Tensor:
+    """ "n t ..." with so many zero frames before."""
+    return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x], 1) if before else x

@@ -1,0 +1,64 @@
+"""What traced sampling of every world model has in common: its steps, and their log-density."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldline.diffusion import linear_path
+from worldline.diffusion.stochastic import Renoised, gaussian_log_prob, renoised_std
+from worldline.errors import SpecMismatch
+from worldline.types import Imagination, Trace
+
+
+class TracedSampling:
+    """What follows for a world model from `trace_means` alone, and from contexts that keep their `imagination`."""
+
+    def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
+        """Where each step of a trace would go on average by the weights as they are."""
+        raise NotImplementedError
+
+    def log_prob(self, trace: Trace) -> Float[Tensor, " n"]:
+        """Of a trace's steps with a density together, exactly, with gradients."""
+        return step_log_probs(self.trace_means(trace), trace).sum((0, 2))
+
+    def dreamt(self, trace: Trace) -> Imagination:
+        """The frames that its steps led to."""
+        return trace.context.imagination
+
+
+def require_stochastic(steps: int, eta: float = 1.0) -> None:
+    """Raise `SpecMismatch` for a sampler without a step that has a density, `ValueError` for fresh noise out of range."""
+    if steps < 2:
+        raise SpecMismatch(
+            f"a sampler with stochastic steps is required: at least 2 solver steps, of which the last is deterministic, got {steps}"
+        )
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta above 0 and at most 1 required, got {eta}")
+
+
+def trace_of(
+    parts: Sequence[Renoised],
+    levels: Sequence[float],
+    *,
+    eta: float,
+    context: Any,
+    join: Callable[[list[Tensor]], Float[Tensor, "n f d"]],
+) -> Trace:
+    """One path from those of its parts, frames or chunks, whose states `join` puts side by side."""
+    steps = len(levels) - 1
+    return Trace(
+        std=torch.tensor([renoised_std(a, b, linear_path, eta=eta) for a, b in zip(levels[:-2], levels[1:-1])]),
+        mean=torch.stack([join([part.mean[j] for part in parts]) for j in range(steps - 1)]),
+        x=torch.stack([join([part.x[j] for part in parts]) for j in range(steps)]),
+        level=torch.tensor(levels[:-1]),
+        context=context,
+    )
+
+
+def step_log_probs(means: Float[Tensor, "s n f d"], trace: Trace) -> Float[Tensor, "s n f"]:
+    """Log-density of every step of every frame, given where it would go on average."""
+    spread = trace.std.tolist()
+    return torch.stack([gaussian_log_prob(trace.x[j + 1], means[j], std) for j, std in enumerate(spread)])

@@ -14,11 +14,10 @@ Time alignment, stated once::
                |-----------|-----------|
     block      actions[:,0]  actions[:,1]                actions "b t-1 k a"
 
-`actions[:, i]` takes frame i to frame i+1: the k control actions sent between them, in that order, in physical units, as
-the environment consumed them (after its own clipping).
+`actions[:, i]` takes frame i to frame i+1: the k control actions sent between them, in order, in physical units, as the environment consumed them (clipped).
 
-Everything here is a frozen dataclass or a Protocol. Images are uint8 in [0, 255]; latents are raw (un-whitened) float;
-noise levels are floats in [0, 1], 0 = clean data, 1 = pure noise. *Absent* is never a level: it is a separate mask.
+Everything here is a frozen dataclass or a Protocol. Images are uint8 in [0, 255]; latents are raw (un-whitened) float; noise levels are floats
+in [0, 1], 0 = clean data, 1 = pure noise. *Absent* is never a level: it is a separate mask.
 """
 
 from collections.abc import Mapping, Sequence

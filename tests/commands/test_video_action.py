@@ -8,8 +8,11 @@ import pytest
 from tests.commands.conftest import Lab, Run, do, record
 from tests.commands.test_all_verbs import results
 from tests.commands.test_refine import SMALL
+from worldline.commands.acting import load_acting
+from worldline.commands.rollouts import identity_of
 from worldline.data import LeRobotDataset
 from worldline.policies import SteeredPolicy, VideoActionPolicy, load_policy
+from worldline.rl_in_imagination.planning import BestOfN
 from worldline.worldmodels import VideoActionModel, load_world_model
 
 TRAIN = ["--max-steps", 3, "--loop.batch-size", 4, "--loop.warmup", 1, "--model.trunk.width", 16, "--model.trunk.depth", 1,
@@ -122,4 +125,40 @@ def test_options_that_it_does_not_have(va: Path, lab: Lab, worldline: Run, tmp_p
     ):
         said = worldline("rank", "--world-model", lab.wm, "--scorer", lab.scorer, "--data", lab.data, "--policies",
                          f"{va}@{options}", lab.bc, "--out", tmp_path / "rank")  # fmt: skip
+        assert said.code == 2 and expected in said.err, said.err
+
+
+def test_planning_is_one_more_policy_by_name(va: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    """In its own dream, or of any policy in a named one; kept rollouts are those of this scorer."""
+    judges = [
+        "--world-model",
+        lab.wm,
+        "--scorer",
+        lab.scorer,
+        "--data",
+        lab.data,
+        "--frames",
+        4,
+        "--imagined-episodes",
+        3,
+    ]
+    planned = [
+        f"{va}@best=2,beyond=1,scorer={lab.scorer}",
+        f"{lab.bc}@best=2,spread=0.5,scorer={lab.scorer},dream={lab.wm}",
+    ]
+    said = worldline("rank", *judges, "--out", tmp_path / "rank", "--policies", lab.bc, va, *planned, "--videos", 0)
+    assert said.code == 0, said.err
+    names = {row["policy"] for row in results(tmp_path / "rank", videos=False)["policies"]}
+    assert names == {"bc", "va", "va@best=2,beyond=1,scorer=scorer", "bc@best=2,spread=0.5,scorer=scorer,dream=wm"}
+    plans = load_acting(planned[0], spec=load_world_model(va)[0].spec)
+    assert isinstance(plans, BestOfN) and plans.candidates == 2 and plans.beyond == 1
+    assert len(identity_of(planned[1], plans)) == 4
+    for wrong, expected in (
+        (f"{lab.bc}@best=2,scorer={lab.scorer}", "a policy that plans requires best=N, scorer=FOLDER and dream=FOLDER"),
+        (f"{va}@scorer={lab.scorer}", "a policy that plans requires best=N"),
+        (f"{va}@best=few,scorer={lab.scorer}", "a number required for best after '@', got 'best=few'"),
+        (f"{va}@best=2,scorer={lab.scorer},noise=1", "a policy that is corrupted (noise, lag) cannot plan"),
+        (f"{va}@best=2,scorer={lab.wm}", "a scorer is required here, this is a world-model"),
+    ):
+        said = worldline("rank", *judges, "--out", tmp_path / "wrong", "--policies", lab.bc, wrong)
         assert said.code == 2 and expected in said.err, said.err

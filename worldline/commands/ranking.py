@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from worldline.commands.acting import load_acting
 from worldline.commands.independence import shared_with_training
 from worldline.commands.outputs import check_report_folder, command_line
 from worldline.commands.ranking_against import change_since, earlier_outcomes, outcomes_of
@@ -38,7 +39,7 @@ from worldline.eval.ranking import (
 )
 from worldline.eval.replays import Replays, join_replays, load_replays, open_for, range_results
 from worldline.executor import index_observation
-from worldline.policies import ThroughTokenizer, load_policy
+from worldline.policies import ThroughTokenizer
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import Observation, Policy, require_match
@@ -59,7 +60,8 @@ class Rank(SamplingFlags):
     world_model: Path
     scorer: Path
     policies: tuple[str, ...]
-    """Policy folders, module:function, ws://host:port; '@noise=0.5,lag=4' behind any corrupts it."""
+    """Policy folders, module:function, ws://host:port; behind any '@noise=0.5,lag=4' corrupts it, '@best=8,scorer=runs/success,dream=runs/wm'
+    has it try 8 chunks in that dream and send the best."""
     out: Path
     """Folder for the report and the rollouts."""
     truth: str | None = None
@@ -140,7 +142,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
     earlier = earlier_outcomes(config.against, labels(config.policies))
     judges = _load_judges(config)
     dream, scorer = judges.dream, judges.scorer
-    policies = {name: load_policy(name, spec=dream.spec) for name in config.policies}
+    policies = {name: load_acting(name, spec=dream.spec) for name in config.policies}
     for name, policy in policies.items():
         require_match(dream.spec, policy.spec, between=f"world model and policy {name}")
     settings = _truth_settings(config, dream)
@@ -195,7 +197,13 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
 
 def labels(policies: tuple[str, ...]) -> list[str]:
     """Short names for tables: the last part of each name, the whole name where two would be alike."""
-    short = [Path(name).name for name in policies]
+    short = []
+    for name in policies:
+        base, at, options = name.partition("@")
+        last = [
+            f"{key}{equal}{Path(value).name}" for key, equal, value in (o.partition("=") for o in options.split(","))
+        ]
+        short.append(Path(base).name + at + ",".join(last))
     return [s if short.count(s) == 1 else name for s, name in zip(short, policies)]
 
 

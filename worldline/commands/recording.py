@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from worldline.commands.acting import load_acting
 from worldline.commands.outputs import check_report_folder, release_claim
 from worldline.data import UNKNOWN, LeRobotDataset, Problem, inspect_dataset
 from worldline.errors import DatasetError, WorldlineError
 from worldline.eval import Report
-from worldline.policies import load_policy
 from worldline.sim.base import make_world
 from worldline.sim.record import record
 from worldline.sim.scripted import ALL_POLICIES, policy_names
@@ -96,7 +96,7 @@ def _load(config: Record, policy: str) -> Any:
     options = {"size": config.size, "horizon": config.horizon, "control_steps": config.control_steps}
     world = make_world(config.world, cameras=config.cameras or None, **options)
     try:
-        return load_policy(policy, spec=world.spec)
+        return load_acting(policy, spec=world.spec)
     finally:
         world.close()
 

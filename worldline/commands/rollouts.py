@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from worldline.checkpoint import read_tensors, resolve, to_json, weights_file, write_tensors
+from worldline.commands.acting import planning_folders
 from worldline.errors import WorldlineError
 from worldline.policies import CallablePolicy, Corrupted
 from worldline.policies.remote import RemotePolicy
+from worldline.rl_in_imagination.planning import BestOfN
 from worldline.sim.record import episode_seed
 from worldline.sim.rollout import RolloutResult, rollout_actions, rollout_policy
 from worldline.sim.workers import WorldPool
@@ -56,17 +58,19 @@ def weights_of(folder: str | Path) -> str:
 def identity_of(name: str, policy: Policy) -> list[Any]:
     """What says that a policy is the same one as before.
 
-    A checkpoint is its files, a function its module's source, a served policy its address and what the server declares.
+    A checkpoint is its files, a function its module's source, a served policy its address and what the server declares; of one that plans
+    those of scorer and dream too.
     """
     base, _, options = name.partition("@")
-    inner = policy.policy if isinstance(policy, Corrupted) else policy
+    inner = policy.policy if isinstance(policy, Corrupted | BestOfN) else policy
+    planned = [weights_of(folder) for folder in planning_folders(name)]
     if isinstance(inner, RemotePolicy):
-        return [base, inner.hello.name, to_json(inner.hello), options]
+        return [base, inner.hello.name, to_json(inner.hello), options, *planned]
     if isinstance(inner, CallablePolicy):
         found = importlib.util.find_spec(base.partition(":")[0])
         source = Path(found.origin).read_bytes() if found and found.origin and Path(found.origin).is_file() else b""
-        return [base, hashlib.sha256(source).hexdigest()[:16], options]
-    return [weights_of(base), options]
+        return [base, hashlib.sha256(source).hexdigest()[:16], options, *planned]
+    return [weights_of(base), options, *planned]
 
 
 def fingerprint_of(starts: Observation) -> str:

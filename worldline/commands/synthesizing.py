@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from worldline.checkpoint import read_json, to_json, write_json
+from worldline.commands.acting import load_acting
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
 from worldline.commands.sampling import SamplingFlags, load_dream
@@ -18,7 +19,6 @@ from worldline.eval import Report, video_grid
 from worldline.eval.plots import score_histogram
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
 from worldline.eval.replays import load_starts
-from worldline.policies import load_policy
 from worldline.rl_in_imagination.dream import Dream
 from worldline.rl_in_imagination.success import SuccessScorer, check_scorer
 from worldline.rl_in_imagination.synthesis import ImaginedEpisode, SynthesisConfig, synthesize
@@ -78,7 +78,7 @@ def run_synthesize(config: Synthesize, *, progress: bool = True) -> Path:
     dream = load_dream(config.world_model, config.sampling())
     scorer = SuccessScorer.from_pretrained(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
-    policies = {name: load_policy(name, spec=dream.spec) for name in config.policies}
+    policies = {name: load_acting(name, spec=dream.spec) for name in config.policies}
     for name, policy in policies.items():
         require_match(dream.spec, policy.spec, between=f"world model and policy {name}")
     starts = load_starts(config.data, "train", dream).first

@@ -1,20 +1,14 @@
 """Policies from pixels and poses, or from low-dimensional observations alone, alike in simulator and dream."""
 
-from typing import Any
-
-from worldline import checkpoint
-from worldline.errors import PolicyError
 from worldline.policies.batched_mlp import BatchedMLP
 from worldline.policies.cloned import ClonedPolicy, PolicyConfig
 from worldline.policies.encoder import EncoderConfig, ObservationEncoder
 from worldline.policies.heads import draw
-from worldline.policies.states import KIND as STATE_KIND
+from worldline.policies.loading import load_policy
 from worldline.policies.states import StatePolicies, StatePolicy, StatePolicyConfig
-from worldline.policies.steered import KIND, SteeredPolicy
+from worldline.policies.steered import SteeredPolicy
 from worldline.policies.video_action import VideoActionPolicy
 from worldline.policies.wrappers import CallablePolicy, Corrupted, ThroughTokenizer, Wandering
-from worldline.types import Policy, WorldSpec
-from worldline.worldmodels import video_action
 
 __all__ = [
     "BatchedMLP",
@@ -34,61 +28,3 @@ __all__ = [
     "draw",
     "load_policy",
 ]
-
-
-def load_policy(name: str, *, spec: WorldSpec) -> Policy:
-    """A policy from what a user types.
-
-    `runs/bc50` a checkpoint folder (or hub name), of a policy or of a unified video-action model · `module:function` a Python callable ·
-    `ws://host:port` a policy served from another environment · any of these with `@noise=0.5,lag=4` behind it, corrupted; a
-    video-action model also with `@steps=4,execute=1,warm=0.5`: solver steps, blocks handed out at a time, the level it begins at.
-
-    Args:
-        spec: what the world it will act in provides; used by policies that say nothing of what they require.
-    """
-    base, _, options = name.partition("@")
-    if base.startswith(("ws://", "wss://")):
-        from worldline.policies.remote import RemotePolicy
-
-        policy: Policy = RemotePolicy(base, spec)
-    elif ":" in base and "/" not in base:
-        policy = CallablePolicy.load(base, spec)
-    else:
-        folder = checkpoint.resolve(base)
-        config = folder / "config.json"
-        unified = config.is_file() and checkpoint.read_json(config).get("kind") == video_action.KIND
-        if unified:
-            policy = VideoActionPolicy.from_pretrained(folder)
-        else:
-            kind = checkpoint.load_config(folder, part="policy")["kind"]
-            if kind.startswith(STATE_KIND):
-                policy = StatePolicy.from_pretrained(folder)
-            else:
-                policy = (SteeredPolicy if kind == KIND else ClonedPolicy).from_pretrained(folder)
-    return _with_options(policy, name, options) if options else policy
-
-
-def _with_options(policy: Policy, name: str, options: str) -> Policy:
-    """The policy with what stands behind '@'. Raises `PolicyError` for options that it does not have."""
-    settings = _options(name, options, unified=isinstance(policy, VideoActionPolicy))
-    corruption = {k: settings.pop(k) for k in ("noise", "lag") if k in settings}
-    if settings:
-        assert isinstance(policy, VideoActionPolicy)
-        policy = policy.with_options(**settings)
-    return Corrupted(policy, **corruption) if corruption else policy
-
-
-def _options(name: str, options: str, *, unified: bool) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"noise": float, "lag": int}
-    required = "noise=NUMBER and lag=STEPS"
-    if unified:
-        kinds |= {"steps": int, "execute": int, "warm": float}
-        required = "noise=NUMBER, lag=STEPS, steps=N, execute=BLOCKS and warm=LEVEL"
-    settings: dict[str, Any] = {}
-    for item in options.split(","):
-        key, _, value = item.partition("=")
-        try:
-            settings[key] = kinds[key](value)
-        except (KeyError, ValueError) as error:
-            raise PolicyError(f"policy {name!r}: {required} required after '@', got {item!r}") from error
-    return settings

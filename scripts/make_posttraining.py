@@ -1,0 +1,365 @@
+"""Makes the post-training tables of docs/results.md: a world model, the same after RLIR, and the same after as much more supervised training.
+
+    python scripts/make_posttraining.py --out results-posttraining
+
+One set of several Meta-World tasks. On its training episodes learn a world model (--minutes of CPU time of one thread), and two inverse dynamics
+models of different architectures on disjoint halves: one rewards, the other judges. The world model is post-trained for --rl-minutes; the control
+goes on with supervised training for the same time. On test episodes, which nothing of all this saw, each dreams every episode from its first frame:
+
+- how well the judge reads the commanded actions off the dreams, paired by episode, and the ceiling: off real video through the tokenizer;
+- moved-pixel PSNR, action sensitivity and latent Frechet distance (`worldline eval`);
+- how each ranks policies of another lineage on one of the tasks (`worldline rank --against` the model as it was).
+
+Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md. What takes hours
+here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from result_tables import row, table
+from stages import record, seconds_a_step, train
+
+from worldline.checkpoint import load_config
+from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.posttraining import Posttrain, run_posttrain
+from worldline.commands.ranking import Rank, run_rank
+from worldline.eval.intervals import paired_interval
+from worldline.eval.replays import Replays, join_replays, load_replays, open_for
+from worldline.rl_in_imagination.inverse import InverseModel
+from worldline.tokenizers import Tokenizer
+from worldline.trainers import inverse, policy, scorer, tokenizer, video_action, world_model
+from worldline.trainers.loop import LoopConfig
+from worldline.trainers.posttraining import PosttrainSettings, opening
+from worldline.types import Clip
+from worldline.worldmodels import load_world_model
+
+ARMS = ("pretrained", "supervised", "rlir")
+HORIZONS = (5, 10, 20, 40)
+# demonstrations, steps, seed of the policies to rank; corrupted ones share a training
+CLONES = {"bc20": (20, 600, 0), "bc5": (5, 300, 1), "bc2": (2, 200, 2)}
+CORRUPTED = ("bc20@noise=0.5", "bc20@noise=1.0,lag=4", "bc5@noise=1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakePosttraining:
+    """Record, train, post-train, judge, print the tables."""
+
+    out: Path
+    tasks: tuple[str, ...] = ("drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
+    seeds: int = 2
+    """Of world models, inverse models and post-training; datasets, tokenizer and ranked policies are shared."""
+    minutes: float = 20.0
+    """CPU time of one thread of the world model's training."""
+    rl_minutes: float = 20.0
+    """Of post-training, its checks apart, and of the supervised control."""
+    inverse_minutes: float = 10.0
+    """Of each inverse model."""
+    design: Literal["autoregressive", "uwm"] = "autoregressive"
+    episodes: int = 80
+    """Scripted episodes of all kinds a task that everything learns from."""
+    tests: int = 20
+    """And those that judge, a task."""
+    frames: int = 41
+    tokenizer_steps: int = 1500
+    ranked: str | None = "drawer-open-v3"
+    """The task whose policies are ranked (None: none)."""
+    ranked_episodes: int = 50
+    scorer_steps: int = 400
+    """Of the success scorer that ranks."""
+    rl: PosttrainSettings = field(default_factory=lambda: PosttrainSettings(check_every=20, patience=99))
+    """Its iterations are those that fit into --rl-minutes."""
+
+
+def prepare(config: MakePosttraining) -> None:
+    for task in config.tasks:
+        record(config.out / task / "data", f"metaworld/{task}", config.episodes, policy="mixed", seed=0)
+        record(config.out / task / "test", f"metaworld/{task}", config.tests, policy="mixed", seed=1000)
+    loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=config.tokenizer_steps)
+    train(tokenizer, tokenizer.TrainTokenizer(data=real(config), out=config.out / "tok", loop=loop))
+
+
+def real(config: MakePosttraining) -> tuple[Path, ...]:
+    return tuple(config.out / task / "data" for task in config.tasks)
+
+
+def timed(module: Any, settings: Any, minutes: float) -> Path:
+    """Train for so much CPU time of one thread."""
+    steps = max(20, round(60 * minutes / seconds_a_step(module, settings)))
+    return train(module, replace(settings, loop=replace(settings.loop, steps=steps)))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def pretraining(config: MakePosttraining, seed: int) -> tuple[Any, Any]:
+    """The stage of the world model and its settings."""
+    module: Any = world_model if config.design == "autoregressive" else video_action
+    build: Any = module.TrainWorldModel if config.design == "autoregressive" else module.TrainVideoAction
+    preset = module.PRESETS["tiny"][1]
+    data: dict[str, Any] = {
+        "data": real(config),
+        "tokenizer": config.out / "tok",
+        "out": config.out / f"pretrained{seed}",
+    }
+    return module, build(**data, model=replace(preset["model"], text="hashed"), loop=replace(preset["loop"], seed=seed))
+
+
+def inverses(config: MakePosttraining, seed: int) -> dict[str, Path]:
+    """The one that rewards and the one that judges."""
+    found = {}
+    for name, half, architecture in (("reward", "first", "conv"), ("judge", "second", "transformer")):
+        settings = inverse.TrainInverse(
+            data=real(config), tokenizer=config.out / "tok", out=config.out / f"{name}{seed}"
+        )
+        learns: Any = {"half": half, "model": replace(settings.model, architecture=architecture)}
+        settings = replace(settings, **learns, loop=replace(settings.loop, seed=seed))
+        found[name] = timed(inverse, settings, config.inverse_minutes)
+    return found
+
+
+def posttraining(config: MakePosttraining, seed: int, begun: Path, judges: dict[str, Path]) -> Posttrain:
+    rl = replace(config.rl, seed=seed)
+    return Posttrain(
+        world_model=begun,
+        **judges,
+        data=real(config),
+        out=config.out / f"rlir{seed}",
+        rl=rl,
+        override_audit=True,
+        videos=3,
+    )
+
+
+def seconds_an_iteration(settings: Posttrain) -> float:
+    """CPU seconds of an iteration of post-training: what runs of one and of three differ by, halved. Timed once, and kept."""
+    kept = settings.out.with_name(f"{settings.out.name}-pace.json")
+    if not kept.is_file():
+        took = []
+        for iterations in (1, 3):
+            out = settings.out.with_name(f"{settings.out.name}-timed")
+            shutil.rmtree(out, ignore_errors=True)
+            rl = replace(settings.rl, iterations=iterations, check_every=100, check_clips=4)
+            start = time.process_time()
+            run_posttrain(replace(settings, out=out, rl=rl, videos=0), progress=False)
+            took.append(time.process_time() - start)
+            shutil.rmtree(out)
+        kept.write_text(json.dumps((took[1] - took[0]) / 2))
+    return json.loads(kept.read_text())
+
+
+def arms(config: MakePosttraining, seed: int) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The world models of a seed, and its inverse models."""
+    module, settings = pretraining(config, seed)
+    begun = timed(module, settings, config.minutes)
+    judges = inverses(config, seed)
+    rlir = posttraining(config, seed, begun, judges)
+    iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(rlir)))
+    if not (rlir.out / "report.json").is_file():
+        run_posttrain(replace(rlir, rl=replace(rlir.rl, iterations=iterations)))
+    # it goes on at a third of the rates, which cool down to nothing again
+    loop = replace(settings.loop, lr=settings.loop.lr / 3, muon_lr=settings.loop.muon_lr / 3)
+    control = replace(settings, out=config.out / f"supervised{seed}", init_from=begun, loop=loop)
+    return {"pretrained": begun, "supervised": timed(module, control, config.rl_minutes), "rlir": rlir.out}, judges
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def tests_of(config: MakePosttraining, begun: Path) -> Replays:
+    spec = load_world_model(begun)[0].spec
+    parts = []
+    for task in config.tasks:
+        dataset, stride = open_for(spec, config.out / task / "test")
+        cameras = [c.name for c in spec.cameras]
+        parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride))
+    return join_replays(parts)
+
+
+@torch.no_grad()
+def agreement(folder: Path, judge: Path, replays: Replays, *, dreams: bool = True) -> np.ndarray:
+    """The judge's agreement in each test episode, dreamt from its first frame, or as the tokenizer shows it."""
+    model, seeing = load_world_model(folder)
+    reader = InverseModel.from_pretrained(judge)
+    found = []
+    for rows in torch.arange(len(replays.poses)).split(20):
+        clip = clip_of(replays, seeing, rows)
+        latents = dict(clip.frames)
+        if dreams:
+            count = clip.actions.shape[1] // model.spec.chunk * model.spec.chunk
+            clip = replace(clip, actions=clip.actions[:, :count])
+            _, made = model.imagine(model.observe(opening(clip)), clip.actions, seeds=rows + 7919)
+            latents = {c: torch.cat([clip.frames[c][:, :1].to(z), z], 1) for c, z in made.latents.items()}
+        found.append(reader.agreement(seeing.decode(latents), clip.actions).mean(1))
+    return torch.cat(found).numpy()
+
+
+def clip_of(replays: Replays, seeing: Tokenizer, rows: torch.Tensor) -> Clip:
+    frames = seeing.encode({c: x[rows] for c, x in replays.frames.items()})
+    told = tuple(replays.instruction[int(i)] for i in rows)
+    return Clip(frames=frames, poses=replays.poses[rows], actions=replays.actions[rows], instruction=told)
+
+
+def evaluated(config: MakePosttraining, folder: Path) -> dict[str, Any]:
+    out = folder.with_name(f"eval-{folder.name}")
+    if not (out / "report.json").is_file():
+        data = tuple(config.out / task / "test" for task in config.tasks)
+        run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
+    return json.loads((out / "report.json").read_text())["results"]
+
+
+def ranked(config: MakePosttraining, seed: int, made: dict[str, Path]) -> list[str]:
+    """A row an arm: how it ranks the policies, and what changed since pretraining."""
+    if config.ranked is None:
+        return []
+    home, world = config.out / config.ranked, f"metaworld/{config.ranked}"
+    record(home / "demonstrations", world, 27, policy="expert", seed=3)
+    for name, (count, steps, begin) in CLONES.items():
+        loop = LoopConfig(steps=steps, batch_size=64, lr=1e-3, seed=begin)
+        train(policy, policy.TrainPolicy(data=(home / "demonstrations",), out=home / name, episodes=count, loop=loop))
+    judge = scorer.TrainScorer(
+        data=(home / "data",),
+        out=home / f"success{seed}",
+        tokenizer=config.out / "tok",
+        loop=LoopConfig(steps=config.scorer_steps, batch_size=64, lr=1e-3, ema=0.99, seed=seed),
+    )
+    train(scorer, judge)
+    rows, first = [], config.out / f"rank-{ARMS[0]}{seed}"
+    for arm in ARMS:
+        out = config.out / f"rank-{arm}{seed}"
+        if arm != ARMS[0] and not (out / "rollouts").is_dir():
+            shutil.copytree(first / "rollouts", out / "rollouts")  # the true rollouts are the same
+        rank = Rank(
+            world_model=made[arm],
+            scorer=judge.out,
+            policies=tuple(str(home / name) for name in (*CLONES, *CORRUPTED)),
+            truth=world,
+            data=(home / "test",),
+            replays="all",
+            episodes=config.ranked_episodes,
+            imagined_episodes=config.ranked_episodes,
+            against=None if arm == ARMS[0] else first,
+            out=out,
+        )
+        run_rank(rank)
+        results = json.loads((out / "report.json").read_text())["results"]
+        s, change = results["statistics"], results["change"]
+        cells = [_number(s["pearson"]), _number(s["mmrv"]), _number(s["bias"])]
+        for name in ("pearson", "mmrv", "mean_absolute_error"):
+            m = change["measures"][name] if change else None
+            known = m is not None and m["low"] is not None and m["before"] is not None and m["after"] is not None
+            cells.append(f"{m['after'] - m['before']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]" if known else "–")
+        rows.append(row(f"{arm}, {seed}", *cells))
+    return rows
+
+
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.3f}"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def following(made: dict[str, Path], judges: dict[str, Path], replays: Replays, seed: int) -> list[str]:
+    """What the judge, and the reward model, read off each arm's dreams."""
+    said = {arm: agreement(folder, judges["judge"], replays) for arm, folder in made.items()}
+    earned = {arm: agreement(folder, judges["reward"], replays).mean() for arm, folder in made.items()}
+    ceiling = agreement(made["pretrained"], judges["judge"], replays, dreams=False)
+    gap = ceiling.mean() - said["pretrained"].mean()
+    rows = []
+    for arm, values in said.items():
+        closed = "–" if arm == "pretrained" or gap <= 0 else f"{(values.mean() - said['pretrained'].mean()) / gap:.0%}"
+        cells = ["–" if arm == base else _paired(values, said[base]) for base in ("pretrained", "supervised")]
+        rows.append(row(f"{arm}, {seed}", f"{values.mean():.3f}", *cells, closed, f"{earned[arm]:.3f}"))
+    rows.append(row(f"real video through the tokenizer, {seed}", f"{ceiling.mean():.3f}", *["–"] * 4))
+    return rows
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray) -> str:
+    found = paired_interval(torch.from_numpy(ours), torch.from_numpy(theirs))
+    if found.mean is None or found.interval is None:
+        return "–"
+    return f"{found.mean:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
+
+
+def pictures(config: MakePosttraining, made: dict[str, Path], seed: int) -> list[str]:
+    rows = []
+    for arm, folder in made.items():
+        found = evaluated(config, folder)
+        at = {(h["predictor"], h["camera"], h["horizon"]): h["moved_psnr"] for h in found["horizons"]}
+        distance = {(r["predictor"], r["last"]): r["distance"] for r in found["latent_frechet"]["rows"]}
+        last = max((r for p, r in distance if p == "true"), default=None)
+        for camera, sensitivity in found["action_sensitivity"].items():
+            rows.append(
+                row(
+                    f"{arm}, {seed}",
+                    camera,
+                    *(f"{at['true', camera, h]:.2f}" if ("true", camera, h) in at else "–" for h in HORIZONS),
+                    *(f"{sensitivity[kind]['gap']['gain_db']:+.2f}" for kind in ("shuffled", "negated", "zeroed")),
+                    "–" if last is None else f"{distance['true', last]:.3f}",
+                )
+            )
+    return rows
+
+
+def audits(judges: dict[str, Path], seed: int) -> list[str]:
+    rows = []
+    for name, folder in judges.items():
+        facts = load_config(folder, part="inverse")["provenance"]
+        skills = {s["kind"]: s["skill"] for s in facts["audit"]["scores"]}
+        worst = max((k for k in skills if k not in ("exact", "tokenizer")), key=lambda k: skills[k])
+        cells = [
+            f"{facts['r2']:.2f}",
+            f"{skills['exact']:.2f}",
+            f"{skills['tokenizer']:.2f}",
+            f"{worst} {skills[worst]:.2f}",
+        ]
+        rows.append(row(f"{name}, {seed}", *cells, "; ".join(facts["audit"]["failures"]) or "passed"))
+    return rows
+
+
+def main(config: MakePosttraining) -> None:
+    torch.set_num_threads(1)
+    prepare(config)
+    sections: dict[str, list[str]] = {"audit": [], "following": [], "pictures": [], "ranking": []}
+    paces = []
+    for seed in range(config.seeds):
+        made, judges = arms(config, seed)
+        replays = tests_of(config, made["pretrained"])
+        sections["audit"] += audits(judges, seed)
+        sections["following"] += following(made, judges, replays, seed)
+        sections["pictures"] += pictures(config, made, seed)
+        sections["ranking"] += ranked(config, seed, made)
+        report = json.loads((made["rlir"] / "report.json").read_text())["results"]
+        pace = json.loads((config.out / f"rlir{seed}-pace.json").read_text())
+        paces.append(
+            f"Seed {seed}: {len(report['history'])} iterations of {pace:.1f} CPU seconds; published: iteration {report['best_iteration']}; "
+            f"stopped because {report['stopped']}."
+        )
+    heads = {
+        "audit": "| inverse model, seed | R2 | skill on real clips | through the tokenizer | on the worst kind of spoiled clips | audit |",
+        "following": "| world model, seed | judge | - pretrained | - supervised | gap closed | reward model |",
+        "pictures": f"| world model, seed | camera | {' | '.join(f'moved PSNR at {h}' for h in HORIZONS)} | over shuffled actions, dB | negated "
+        "| zeroed | latent Frechet, last clip |",
+        "ranking": "| world model, seed | r | MMRV | bias | r - pretrained | MMRV - pretrained | mean absolute error - pretrained |",
+    }
+    parts = [
+        f"{len(config.tasks)} tasks, {config.design}: {config.minutes:g} CPU minutes of pretraining, {config.rl_minutes:g} of post-training or of "
+        f"supervised training; {config.tests} test episodes a task of {config.frames} frames, dreamt from the first.",
+        *(table(heads[name], rows) for name, rows in sections.items() if rows),
+        *paces,
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (config.out / "tables.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(MakePosttraining, description=__doc__))

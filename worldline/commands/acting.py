@@ -1,0 +1,61 @@
+"""Policies as verbs take them: those of `load_policy`, and the same planning in a dream."""
+
+from pathlib import Path
+from typing import Any
+
+from worldline.commands.sampling import load_dream
+from worldline.errors import PolicyError
+from worldline.policies import Corrupted, VideoActionPolicy, load_policy
+from worldline.rl_in_imagination.planning import BestOfN
+from worldline.rl_in_imagination.success import SuccessScorer
+from worldline.types import Policy, WorldSpec
+
+PLANNING: dict[str, Any] = {"best": int, "beyond": int, "spread": float, "scorer": str, "dream": str}
+
+
+def load_acting(name: str, *, spec: WorldSpec) -> Policy:
+    """As `load_policy`; with `@best=8,scorer=runs/success,dream=runs/wm` behind it each chunk is the best of 8 tried in that dream.
+
+    `beyond=8` judges 8 frames after the chunk, `spread=0.3` tries it with noise (`BestOfN`). A unified model plans in its own dream if none is
+    named. Raises `PolicyError` for options that are missing, or that do not go together.
+    """
+    plain, planning = _parted(name)
+    policy = load_policy(plain, spec=spec)
+    if not planning:
+        return policy
+    if isinstance(policy, Corrupted):
+        raise PolicyError(
+            f"policy {name!r}: a policy that is corrupted (noise, lag) cannot plan, leave one of the two out"
+        )
+    own = plain.partition("@")[0] if isinstance(policy, VideoActionPolicy) else None
+    scorer, dream = planning.pop("scorer", None), planning.pop("dream", own)
+    candidates = planning.pop("best", None)
+    if candidates is None or scorer is None or dream is None:
+        raise PolicyError(
+            f"policy {name!r}: a policy that plans requires best=N, scorer=FOLDER and dream=FOLDER (a world model) after '@'; a unified "
+            "model may leave dream out"
+        )
+    judge = SuccessScorer.from_pretrained(scorer)
+    return BestOfN(policy, load_dream(Path(dream)), judge, candidates=candidates, **planning)
+
+
+def planning_folders(name: str) -> list[str]:
+    """Folders named behind '@': what a policy that plans does depends on them too."""
+    planning = _parted(name)[1]
+    return [planning[key] for key in ("scorer", "dream") if key in planning]
+
+
+def _parted(name: str) -> tuple[str, dict[str, Any]]:
+    """The name without the options of planning, and those."""
+    base, at, options = name.partition("@")
+    rest, planning = [], {}
+    for item in options.split(","):
+        key, _, value = item.partition("=")
+        if key not in PLANNING:
+            rest.append(item)
+            continue
+        try:
+            planning[key] = PLANNING[key](value)
+        except ValueError as error:
+            raise PolicyError(f"policy {name!r}: a number required for {key} after '@', got {item!r}") from error
+    return base + at * bool(rest and any(rest)) + ",".join(rest), planning

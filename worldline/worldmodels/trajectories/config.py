@@ -87,6 +87,10 @@ class TrajectoryConfig:
     sigmas: LogNormalSigmas = field(
         default_factory=lambda: LogNormalSigmas(log_mean=-1.2, log_std=1.2, low=0.002, high=80.0, pure=0.02, even=0.18)
     )
+    changes: bool = True
+    """Diffuse how far each observation is from the one before it beside where it is (not in the paper): steps come out finer."""
+    squash: bool = False
+    """Diffuse atanh of an action's place in its range (the paper's), not the place itself."""
     rho: float = 7.0
     solver: TrajectorySolver = field(default_factory=TrajectorySolver)
 

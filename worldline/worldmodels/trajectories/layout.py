@@ -1,17 +1,22 @@
 """How steps become the numbers that are diffused, and back.
 
-    one step:   [ observation | squashed action | reward | terminal ]        o + a + 2 numbers
+    one step:   [ observation | action | reward | terminal | change ]        2 o + a + 2 numbers, o + a + 2 without changes
 
-Observations, actions and rewards are normalised by mean and standard deviation, a dimension each. Actions are first unsquashed:
-atanh of their place in the range, so that whatever is sampled is an action (PGD 2404.06356). The terminal flag is a channel of its own:
+Observations, actions and rewards are normalised by mean and standard deviation, a dimension each. Whatever is sampled is an action: what is
+diffused is atanh of an action's place in the range (`squash`, PGD 2404.06356), or its place itself, which is clipped when sampled. The first spends
+its resolution on the ends of the range: of a behaviour that often goes to the limit, little is left for what lies between. The terminal flag is a channel of its own:
 -1 before the end and +1 at it; a sampled value above `THRESHOLD` ends the trajectory there.
+
+The change is how far the next observation is from this one, normalised by itself (ours, not the paper's; `changes`). At high control rates a step
+moves an observation by a hundredth of its spread, and a network that is right to a hundredth of the spread says nothing of the step. What is
+sampled says each observation twice, where it is and how far from its neighbours; `unpack` takes the trajectory nearest to both, each by its own
+spread (least squares).
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from einops import pack
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -37,6 +42,8 @@ class Layout(nn.Module):
 
     Args:
         spec: dims of observation and action, range of the action.
+        changes: say changes of the observation too.
+        squash: diffuse actions unsquashed by atanh, as published.
     """
 
     mean: Tensor
@@ -45,10 +52,12 @@ class Layout(nn.Module):
     radius: Tensor
     reach: Tensor
 
-    def __init__(self, spec: WorldSpec) -> None:
+    def __init__(self, spec: WorldSpec, *, changes: bool = False, squash: bool = True) -> None:
         super().__init__()
-        self.o, self.a = len(spec.pose_names), spec.action.dim
+        self.o, self.a, self.changes, self.squash = len(spec.pose_names), spec.action.dim, changes, squash
         low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
+        told = (*spec.pose_names, *spec.action.names, "reward", "terminal")
+        self._names = told + tuple(f"change of {name}" for name in spec.pose_names) * changes
         self.register_buffer("centre", (low + high) / 2, persistent=False)
         self.register_buffer("radius", (high - low) / 2, persistent=False)
         self.register_buffer("mean", torch.zeros(self.width))
@@ -58,17 +67,21 @@ class Layout(nn.Module):
     @property
     def width(self) -> int:
         """Numbers of a step."""
-        return self.o + self.a + 2
+        return self.o + self.a + 2 + self.o * self.changes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those numbers."""
+        return self._names
 
     @torch.no_grad()
     def fit(self, data: Trajectories) -> "Layout":
         """Take mean and standard deviation from recorded steps."""
-        raw = self._join(
-            Windows(data.observations[None], data.actions[None], data.rewards[None], data.terminated[None])
-        )
-        raw = raw[0].to(self.mean)
+        raw = self._join(data.actions, data.rewards, data.terminated, data.observations, data.next_observations)
+        raw = raw.to(self.mean)
         mean, std = raw.double().mean(0), raw.double().std(0, correction=0)
-        mean[-1], std[-1] = 0.0, 1.0  # rare ends would be blown up
+        terminal = self.o + self.a + 1
+        mean[terminal], std[terminal] = 0.0, 1.0  # rare ends would be blown up
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=LEAST_STD))
         self.reach.copy_(((raw - self.mean) / self.std).abs().amax(0))
@@ -76,15 +89,19 @@ class Layout(nn.Module):
 
     def pack(self, windows: Windows) -> Float[Tensor, "n t d"]:
         """Physical steps as normalised numbers."""
-        return (self._join(windows) - self.mean) / self.std
+        seen = windows.observations
+        following = torch.cat([seen[:, 1:], seen[:, -1:]], 1)  # what comes after a window is not known: it stays
+        return (self._join(windows.actions, windows.rewards, windows.terminal, seen, following) - self.mean) / self.std
 
     def unpack(self, z: Float[Tensor, "n t d"]) -> Windows:
         """Normalised numbers as physical steps: actions within their range, terminal by the threshold."""
         raw = z * self.std + self.mean
-        observations, squashed, reward, terminal = raw.split([self.o, self.a, 1, 1], dim=-1)
+        observations, squashed, reward, terminal, change = raw.split(
+            [self.o, self.a, 1, 1, self.o * self.changes], dim=-1
+        )
         return Windows(
-            observations,
-            self.centre + self.radius * squashed.tanh(),
+            self._joined(observations, change) if self.changes else observations,
+            self.centre + self.radius * (squashed.tanh() if self.squash else squashed.clamp(-1, 1)),
             reward[..., 0],
             terminal[..., 0] > THRESHOLD,
         )
@@ -92,13 +109,33 @@ class Layout(nn.Module):
     def slope(self, z: Float[Tensor, "n t d"]) -> Float[Tensor, "n t a"]:
         """d action / d normalised number, of every action dimension: the chain rule of `unpack`."""
         part = slice(self.o, self.o + self.a)
+        if (
+            not self.squash
+        ):  # beyond the range too: back into it, or further out, where clipping leaves the action at its end
+            return (self.radius * self.std[part]).expand(*z.shape[:-1], -1)
         squashed = z[..., part] * self.std[part] + self.mean[part]
         return self.radius * (1 - squashed.tanh().square()) * self.std[part]
 
-    def _join(self, windows: Windows) -> Float[Tensor, "n t d"]:
-        place = ((windows.actions - self.centre) / self.radius).clamp(-EDGE, EDGE)
-        terminal = 2 * windows.terminal.to(windows.rewards) - 1
-        return pack([windows.observations, place.atanh(), windows.rewards, terminal], "n t *")[0]
+    def _join(
+        self, actions: Tensor, rewards: Tensor, terminal: Tensor, observations: Tensor, following: Tensor
+    ) -> Float[Tensor, "*rows d"]:
+        place = (actions - self.centre) / self.radius
+        place = place.clamp(-EDGE, EDGE).atanh() if self.squash else place.clamp(-1, 1)
+        ends = 2 * terminal.to(rewards) - 1
+        parts = [observations, place, rewards[..., None], ends[..., None]]
+        return torch.cat([*parts, following - observations] if self.changes else parts, -1)
+
+    def _joined(self, observations: Float[Tensor, "n t o"], change: Float[Tensor, "n t o"]) -> Float[Tensor, "n t o"]:
+        """The trajectory nearest to both: to each observation, in its own spread, and to each change, in that of changes."""
+        t = observations.shape[1]
+        trust = (
+            (self.std[: self.o] / self.std[-self.o :]).double().square()[:, None, None]
+        )  # of a change over an observation
+        step = torch.diff(torch.eye(t, dtype=torch.float64, device=observations.device), dim=0)  # "t-1 t"
+        system = torch.eye(t, dtype=torch.float64, device=observations.device) + trust * (step.T @ step)  # "o t t"
+        both = torch.einsum("ts,nso->otn", step.T, change[:, :-1].double()) * trust
+        both = both + observations.double().permute(2, 1, 0)
+        return torch.linalg.solve(system, both).permute(2, 1, 0).to(observations)
 
 
 def gather(data: Trajectories, rows: Int[Tensor, "n t"]) -> Windows:

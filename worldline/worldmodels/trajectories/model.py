@@ -45,7 +45,7 @@ class TrajectoryDiffusion(nn.Module):
 
     def __init__(self, config: TrajectoryConfig, spec: WorldSpec) -> None:
         super().__init__()
-        self.config, self.spec, self.layout = config, spec, Layout(spec)
+        self.config, self.spec, self.layout = config, spec, Layout(spec, changes=config.changes, squash=config.squash)
         width = self.layout.width
         if config.network == "unet":
             self.network: nn.Module = TemporalUNet(width, config.width, config.depth)
@@ -169,8 +169,7 @@ class TrajectoryDiffusion(nn.Module):
         far = ~(z.abs() <= _FAR * self.layout.reach.clamp(min=1.0))  # NaN is far
         share = float(far.float().mean())
         if share > _MOST_FAR or not z.isfinite().all():
-            names = [*self.spec.pose_names, *self.spec.action.names, "reward", "terminal"]
-            worst = names[int(far.float().mean((0, 1)).argmax())]
+            worst = self.layout.names[int(far.float().mean((0, 1)).argmax())]
             by = f"guidance coefficient {guidance.coefficient}" if guidance is not None else "no guidance"
             raise WorldlineError(
                 f"sampled trajectories near the data are required, got {share:.0%} of their numbers more than {_FAR:g} times farther out "

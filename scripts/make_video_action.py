@@ -9,7 +9,9 @@ the video alone; a cloned Gaussian and a diffusion policy; the autoregressive wo
 - policies: true success in the simulator, by task, from the same starts, which no training saw;
 - forward: moved-pixel PSNR and action sensitivity on test episodes, beside the autoregressive world model (`worldline eval`);
 - inverse: R2 of the actions between test frames, beside the inverse model made for that;
-- planning: the better unified policy with its chunks first tried in its own dream (best of --candidates, judged by a scorer), beside itself alone.
+- planning: the better unified policy with its chunks first tried in its own dream (best of --candidates, judged by a scorer), beside itself alone;
+- guidance: joint dreams whose actions are moved towards the cloned policy (policy-guided diffusion), by coefficient: how likely the actions become
+  under it, and whether the imagined frames go along, as the inverse model reads them.
 
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md. What takes hours
 here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
@@ -32,19 +34,24 @@ from worldline.commands.rollouts import Kept, Truth, identity_of, weights_of
 from worldline.commands.sampling import load_dream
 from worldline.data import LeRobotDataset
 from worldline.eval.probes import Probe
-from worldline.eval.replays import join_replays, load_replays, open_for
+from worldline.eval.replays import Replays, join_replays, load_replays, open_for
 from worldline.policies import load_policy
+from worldline.rl_in_imagination.dream import Dream
+from worldline.rl_in_imagination.guidance import block_score
 from worldline.rl_in_imagination.planning import BestOfN
 from worldline.rl_in_imagination.success import SuccessScorer, episode_success
 from worldline.trainers import policy, probe, scorer, tokenizer, video_action, world_model
 from worldline.trainers.loop import LoopConfig
-from worldline.types import Clip, Policy
+from worldline.types import Clip, Observation, Policy
 from worldline.worldmodels import VideoActionModel
-from worldline.worldmodels.video_action import INVERSE
+from worldline.worldmodels.trajectories import Guidance
+from worldline.worldmodels.video_action import INVERSE, JOINT
 
 UNIFIED = ("uwm", "uva", "uwm+video", "uva+video")
 CLONED = ("bc", "diffusion")
 HORIZONS = (5, 10, 20, 40)
+GUIDED_AT = (0, 10, 20, 30)  # frames of test episodes from which guided dreams begin
+COEFFICIENTS = (0.0, 0.01, 0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,14 +227,18 @@ def forward_table(config: MakeVideoAction, seed: int) -> str:
     return table(head, rows)
 
 
-def inverse_table(config: MakeVideoAction, seed: int) -> str:
-    dream = load_dream(trained(config, "uwm", seed))
+def tests_of(config: MakeVideoAction, dream: Dream) -> Replays:
     cameras = [c.name for c in dream.spec.cameras]
     parts = []
     for task in config.tasks:
         dataset, stride = open_for(dream.spec, config.out / task / "test")
         parts.append(load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride))
-    replays = join_replays(parts)
+    return join_replays(parts)
+
+
+def inverse_table(config: MakeVideoAction, seed: int) -> str:
+    dream = load_dream(trained(config, "uwm", seed))
+    replays = tests_of(config, dream)
     truth = replays.actions.flatten(0, 1).mean(1).numpy()  # the mean action of a block: what a probe reads
     read = {}
     for arm in UNIFIED:
@@ -264,6 +275,55 @@ def blocks(model: VideoActionModel, latents: Any, poses: torch.Tensor, instructi
     return torch.stack(found, 1)
 
 
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def guided_table(config: MakeVideoAction, seed: int) -> str:
+    """Joint dreams of one horizon from test frames, guided by the cloned policy."""
+    dream = load_dream(trained(config, "uwm", seed))
+    model: Any = dream.world_model
+    replays = tests_of(config, dream)
+    guide: Any = load_policy(str(trained(config, "bc", seed)), spec=dream.spec)
+    reader = Probe.from_pretrained(trained(config, "inverse", seed))
+    latents = dream.tokenizer.encode(replays.frames)
+    horizon, rows = model.config.horizon, []
+    shown = {c: torch.cat([x[:, i] for i in GUIDED_AT]) for c, x in replays.frames.items()}
+    pose, told = torch.cat([replays.poses[:, i] for i in GUIDED_AT]), replays.instruction * len(GUIDED_AT)
+    now = Observation(images=shown, pose=pose, instruction=told)
+    n, (k, a) = len(pose), (model.spec.control_steps, model.spec.action.dim)
+    seen = Clip(
+        frames={c: torch.cat([z[:, i : i + 1] for i in GUIDED_AT]) for c, z in latents.items()},
+        poses=pose[:, None],
+        actions=torch.zeros(n, 0, k, a),
+        instruction=told,
+    )
+    recorded = torch.cat([replays.actions[:, i : i + horizon] for i in GUIDED_AT]).mean(2).flatten(0, 1)
+    for coefficient in COEFFICIENTS:
+        guidance = Guidance(coefficient=coefficient) if coefficient else None
+        made = model.sample(
+            seen, JOINT, seeds=torch.arange(n), guidance=guidance, score=block_score(guide, now) if guidance else None
+        )
+        chunk = made.actions.flatten(1, 2)[:, : guide.chunk_length]
+        likely = guide.log_prob(now, guide.reset(n), chunk) / chunk[0].numel()
+        frames = dream.tokenizer.decode({c: torch.cat([seen.frames[c], z], 1) for c, z in made.latents.items()})
+        read, said = reader.read_video(frames).flatten(0, 1), made.actions.mean(2).flatten(0, 1)
+        moves = recorded.std(0) > 1e-3
+        r2 = 1 - (read - said).square().mean(0)[moves] / said.var(0)[moves].clamp(min=1e-6)
+        rows.append(
+            row(
+                f"{coefficient:g}, {seed}",
+                f"{float(likely.mean()):.2f} [{float(likely.quantile(0.05)):.2f}, {float(likely.quantile(0.95)):.2f}]",
+                f"{float((said - recorded).abs().mean()):.3f}",
+                f"{float(r2.mean()):.2f}",
+            )
+        )
+    head = (
+        "| guidance coefficient, seed | log-density of the actions under the cloned policy, a number (5% to 95% of dreams) | mean distance from the recorded "
+        "actions | R2 of the imagined actions as read off the imagined frames |"
+    )
+    return table(head, rows)
+
+
 def main(config: MakeVideoAction) -> None:
     torch.set_num_threads(1)
     prepare(config)
@@ -274,6 +334,7 @@ def main(config: MakeVideoAction) -> None:
     ]
     for seed in range(config.seeds):
         sections += [*policy_tables(config, seed), forward_table(config, seed), inverse_table(config, seed)]
+        sections.append(guided_table(config, seed))
     text = "\n\n".join(sections) + "\n"
     (config.out / "tables.md").write_text(text)
     print(text)

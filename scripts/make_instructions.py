@@ -2,16 +2,16 @@
 
     python scripts/make_instructions.py --out results-instructions
 
-In arm/reach nine objects lie on a table and a sentence names one ("reach the red box"). A world model that knows the instruction,
-and has half the time been trained on video without actions, is asked for a video: it is given one frame and a sentence and no action at all.
-From each test frame it dreams twice, with two sentences that name two objects there; noise and frame are the same. Judged is
-over which object the imagined hand ends, once by the imagined pose and once by a probe that reads the pose off the imagined
+Nine tasks on one table: a sentence names a tile by where it is (arm/place, "reach the far left tile"), or with --names object by the object that
+lies on it there (arm/reach, "reach the red box": the sentence must be found in the picture). A world model that knows the instruction, and has
+half the time been trained on video without actions, is asked for a video: it is given one frame and a sentence and no action at all. From
+each test frame it dreams twice, with two sentences that name two tiles there; noise and frame are the same. Judged is over which tile the imagined hand ends, once by the imagined pose and once by a probe that reads the pose off the imagined
 picture of the top camera. Everything is kept in --out. Prints Markdown, and writes it to OUT/tables.md and a video to OUT.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from worldline.eval.intervals import wilson
 from worldline.eval.probes import Probe
 from worldline.eval.replays import Replays, load_replays, open_for
 from worldline.rl_in_imagination.dream import Dream, rollout
-from worldline.sim.arm_kinematics import CELLS, nearest_cell
+from worldline.sim.arm_kinematics import CELLS, PLACES, nearest_cell
 from worldline.sim.arm_scene import CELL_COLUMNS, CELLS_FROM, COLOURS, SHAPES, TARGET
 from worldline.tokenizers import AutoencoderConfig
 from worldline.trainers import probe, tokenizer, world_model
@@ -47,8 +47,10 @@ class MakeInstructions:
     episodes: int = 600
     tests: int = 60
     frames: int = 41
-    size: int = 128
-    """Pixels of a frame's side. At 64 an object is four pixels on a chequered cell, which no small tokenizer keeps."""
+    names: Literal["place", "object"] = "place"
+    """What sentences name tiles by."""
+    size: int = 64
+    """Pixels of a frame's side. At 64 an object is four pixels on a chequered cell, which no small tokenizer keeps: 128 for --names object."""
     cameras: tuple[str, ...] = ("top",)
     """The top camera, which judges, and others."""
     latent_channels: int = 8
@@ -60,8 +62,9 @@ def prepare(config: MakeInstructions) -> None:
     """Datasets, tokenizer and the probe that judges pictures."""
     home = config.out
     views: dict[str, Any] = {"cameras": config.cameras, "size": config.size, "policy": "expert"}
-    record(home / "data", "arm/reach", config.episodes, **views, seed=0)
-    record(home / "test", "arm/reach", config.tests, **views, seed=1000)
+    world = "arm/place" if config.names == "place" else "arm/reach"
+    record(home / "data", world, config.episodes, **views, seed=0)
+    record(home / "test", world, config.tests, **views, seed=1000)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=int(2400 * config.budget))
     wide = AutoencoderConfig(latent_channels=config.latent_channels)
     train(tokenizer, tokenizer.TrainTokenizer(data=(home / "data",), out=home / "tok", autoencoder=wide, loop=loop))
@@ -94,19 +97,21 @@ def train_dream(config: MakeInstructions, seed: int) -> Dream:
     return load_dream(folder)
 
 
-def named(state: Tensor) -> dict[int, str]:
-    """cell -> the sentence that asks for it, for every object that is the only one of its kind."""
+def named(state: Tensor, names: str) -> dict[int, str]:
+    """cell -> the sentence that asks for it; of objects for every one that is the only one of its kind."""
+    if names == "place":
+        return {i: f"reach the {place} tile" for i, place in enumerate(PLACES)}
     cells = state[CELLS_FROM:].reshape(len(CELLS), len(CELL_COLUMNS)).long().tolist()
     kinds = [tuple(cell[:2]) for cell in cells]
     said = {i: f"reach the {tuple(COLOURS)[c]} {SHAPES[s]}" for i, (c, s) in enumerate(kinds)}
     return {i: text for i, text in said.items() if kinds.count(kinds[i]) == 1}
 
 
-def sentences(replays: Replays) -> list[list[tuple[int, str]]]:
+def sentences(replays: Replays, names: str) -> list[list[tuple[int, str]]]:
     """Two of each test frame's targets with their sentences: the recorded one, and another, neither below the hand already."""
     pairs = []
     for i, states in enumerate(replays.states):
-        options, target = named(states[0]), int(states[0][TARGET])
+        options, target = named(states[0], names), int(states[0][TARGET])
         here = int(nearest_cell(replays.poses[i, 0].numpy()))
         others = [cell for cell in options if cell not in (target, here)]
         pairs.append([(cell, options[cell]) for cell in (target, others[i % len(others)])])
@@ -134,7 +139,7 @@ def evaluate(config: MakeInstructions, seed: int) -> list[str]:
     dataset, stride = open_for(dream.spec, config.out / "test")
     cameras = [c.name for c in dream.spec.cameras]
     replays = load_replays(dataset, range(len(dataset)), cameras=cameras, frames=config.frames, stride=stride)
-    pairs = sentences(replays)
+    pairs = sentences(replays, config.names)
     cells = np.array([[cell for cell, _ in pair] for pair in pairs])  # "n 2"
     ends, videos = [], []
     for which in range(2):
@@ -167,7 +172,7 @@ def main(config: MakeInstructions) -> None:
     prepare(config)
     rows = [line for seed in range(config.seeds) for line in evaluate(config, seed)]
     chance = f"{len(LeRobotDataset(config.out / 'test'))} frames, two sentences each. Chance: one of nine cells, 0.11."
-    head = "| judged by, seed | over the object it was told | over the other sentence's object | both dreams of a frame right |"
+    head = "| judged by, seed | over the tile it was told | over the other sentence's tile | both dreams of a frame right |"
     text = f"{chance}\n\n{table(head, rows)}\n"
     (config.out / "tables.md").write_text(text)
     print(text)

@@ -23,7 +23,7 @@ from worldline.sim import (
 )
 from worldline.sim.arm import ArmWorld, cell_in_view, cells_in_sight
 from worldline.sim.arm_behaviours import AWAY, BLENDS, CAUSES, arm_behaviour, arm_cause
-from worldline.sim.arm_kinematics import CAMERA_ABOVE_HAND, CELLS, HIGH, LOW, WRIST_FOVY, forward, inverse
+from worldline.sim.arm_kinematics import CAMERA_ABOVE_HAND, CELLS, HIGH, LOW, PLACES, WRIST_FOVY, forward, inverse
 from worldline.sim.arm_scene import (
     CELL_COLUMNS,
     CELLS_FROM,
@@ -179,7 +179,7 @@ def test_what_is_in_sight_is_what_changes_the_picture() -> None:
     assert np.mean(agree) > 0.97 and 0.08 < np.mean(seen) < 0.5
 
 
-@pytest.mark.parametrize("task", ["reach", "revisit"])
+@pytest.mark.parametrize("task", ["reach", "place", "revisit"])
 def test_only_the_wrist_camera_sees_the_objects_of_revisit(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joints = draw_scene(0).joints
     monkeypatch.setattr(arm, "draw_scene", lambda seed: dataclasses.replace(draw_scene(seed), joints=joints))
@@ -192,8 +192,28 @@ def test_only_the_wrist_camera_sees_the_objects_of_revisit(task: str, monkeypatc
     assert one.images["top"].float().std() > 10
 
 
-def test_another_target_changes_the_instruction_and_nothing_that_is_seen() -> None:
-    world = ArmWorld("reach")
+def test_places_are_named_as_the_top_camera_shows_them() -> None:
+    """Left is left in the picture, far is at its top: the hand's pixels say so."""
+    world = make_world("arm/place", cameras=("top",))
+    assert isinstance(world, ArmWorld) and world.instruction == "reach a tile"
+    scene = world.reset(3)
+    assert world.instruction == f"reach the {PLACES[int(scene.state[TARGET])]} tile" and world.targets == tuple(
+        range(9)
+    )
+    seen = {}
+    for cell in (0, 2, 6):
+        picture = go_to(world, np.array([*CELLS[cell], 0.15, 0.0]), frames=12).images["top"].float()
+        orange = (picture[0] > 180) & (picture[1] > 90) & (picture[1] < 160) & (picture[2] < 60)  # the hand
+        rows, columns = orange.nonzero().float().mean(0).tolist()
+        seen[PLACES[cell]] = (rows, columns)
+        world.reset(3)
+    world.close()
+    assert seen["near left"][1] < seen["near right"][1] - 5 and seen["far left"][0] < seen["near left"][0] - 5
+
+
+@pytest.mark.parametrize("task", ["reach", "place"])
+def test_another_target_changes_the_instruction_and_nothing_that_is_seen(task: str) -> None:
+    world = ArmWorld(task)
     first = world.reset(4)
     said = {world.instruction}
     for cell in world.targets:
@@ -215,9 +235,10 @@ def test_another_target_changes_the_instruction_and_nothing_that_is_seen() -> No
     world.close()
 
 
-def test_the_expert_succeeds_and_the_others_mostly_do_not() -> None:
-    world = make_world("arm/reach", cameras=())
-    rate = {c: np.mean([any(played(world, c, s)[1]) for s in range(10)]) for c in CAUSES["reach"]}
+@pytest.mark.parametrize("task", ["reach", "place"])
+def test_the_expert_succeeds_and_the_others_mostly_do_not(task: str) -> None:
+    world = make_world(f"arm/{task}", cameras=())
+    rate = {c: np.mean([any(played(world, c, s)[1]) for s in range(10)]) for c in CAUSES[task]}
     assert rate["expert"] >= 0.9
     assert max(rate["wrong_object"], rate["freeze"]) == 0 and max(rate["play"], rate["random"]) <= 0.4
 
@@ -290,7 +311,7 @@ def test_recorded_episodes_carry_their_instructions(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(SimulatorError, match="did you mean reach"):
         make_world("arm/raech")
-    with pytest.raises(SimulatorError, match="known: reach, revisit"):
+    with pytest.raises(SimulatorError, match="known: place, reach, revisit"):
         make_world("arm/")
     with pytest.raises(SimulatorError, match="did you mean wrist"):
         make_world("arm/reach", cameras=("wirst",))

@@ -25,13 +25,13 @@ class Record:
     """
 
     world: str
-    """metaworld/<task>, arm/reach or arm/revisit (an arm with joint targets), or gym/<environment id> for any Gymnasium environment with rgb_array rendering."""
+    """metaworld/<task>, arm/reach, arm/place or arm/revisit (an arm with joint targets), or gym/<environment id> for any Gymnasium environment with rgb_array rendering."""
     out: Path
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
     policy: str | None = None
     """mixed (experts, perturbed experts, random, play), contact (between success and failure), one of their causes, a policy folder, module:function, ws://host:port.
-    arm/reach: mixed, expert, wrong_object, freeze, play, random. arm/revisit: mixed, revisit (--horizon 280), play, random.
+    arm/reach, arm/place: mixed, expert, wrong_object, freeze, play, random. arm/revisit: mixed, revisit (--horizon 280), play, random.
     By default mixed in Meta-World and with the arm, random in Gymnasium, which has no experts."""
     cameras: tuple[str, ...] = ()
     """Views to record; the world's own by default (Meta-World: corner2 gripperPOV; arm: top wrist)."""

@@ -1,15 +1,16 @@
-"""A joint-space arm above a table, drawn from primitive shapes, as a `SimulatedWorld`: "arm/reach" and "arm/revisit".
+"""A joint-space arm above a table, drawn from primitive shapes, as a `SimulatedWorld`: "arm/reach", "arm/place" and "arm/revisit".
 
 It is the second action space beside Meta-World's hand deltas (absolute joint targets, followed with a lag), and a test bench
 for memory: nine cells hold tiles and objects that are drawn anew from the seed at every reset.
 
     reach    "reach the red box": the hand low above the object that the sentence names; both cameras see the objects
+    place    "reach the far left tile": the same, above the tile that the sentence names by where it is
     revisit  "look around and return": only the wrist camera sees tiles and objects, so what it saw must be remembered
 
 - Actions are clipped to the joints' ranges first, and the clipped values are what is reported as consumed.
-- A seed gives the same scene in both tasks. The target of `reach` is drawn from it too; `choose_target` asks for another
-  object of the same scene, which changes the instruction, the `target` column of the state and what counts as success.
-- Success in `reach`: at any control step the hand within 3 cm of the object horizontally, and below 10 cm; the reward counts
+- A seed gives the same scene in all tasks. The target of `reach` and `place` is drawn from it too; `choose_target` asks for another
+  of the same scene, which changes the instruction, the `target` column of the state and what counts as success.
+- Success in `reach` and `place`: at any control step the hand within 3 cm of the object horizontally, and below 10 cm; the reward counts
   such steps. In `revisit` success is unknown (None) and the reward 0.
 - No shadows, no multisampling; pictures are drawn at three times their size and averaged down.
 """
@@ -26,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldline.errors import SimulatorError
-from worldline.sim.arm_kinematics import CELLS, HIGH, JOINTS, LOW, centred_cell, forward, tiles_in_sight
+from worldline.sim.arm_kinematics import CELLS, HIGH, JOINTS, LOW, PLACES, centred_cell, forward, tiles_in_sight
 from worldline.sim.arm_scene import (
     ARM,
     SCENERY,
@@ -44,7 +45,8 @@ from worldline.sim.cameras import shrink
 from worldline.sim.headless import choose_backend, require_backend
 from worldline.types import ActionSpec, CameraSpec, WorldSpec
 
-TASKS = ("reach", "revisit")
+TASKS = ("reach", "place", "revisit")
+AIMED = ("reach", "place")  # tasks with a target
 RATE_HZ = 40.0
 CAMERAS = ("top", "wrist")
 SUPERSAMPLE = 3
@@ -108,22 +110,25 @@ class ArmWorld:
 
     @property
     def instruction(self) -> str:
-        """What the episode asks for. In `reach` it belongs to the scene, and names no object before the first reset."""
+        """What the episode asks for. A target belongs to the scene: none is named before the first reset."""
         if self._task == "revisit":
             return "look around and return"
+        if self._task == "place":
+            return "reach a tile" if self._scene is None else f"reach the {PLACES[self._target]} tile"
         return "reach an object" if self._scene is None else f"reach the {self._scene.named(self._target)}"
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The cells (0 to 8) that `choose_target` takes: those whose object is the only one of its colour and shape."""
-        return self._required_scene().unique()
+        """The cells (0 to 8) that `choose_target` takes: in `reach` those whose object is the only one of its colour and shape."""
+        scene = self._required_scene()
+        return tuple(range(len(CELLS))) if self._task == "place" else scene.unique()
 
     def reset(self, seed: int) -> SimFrame:
         """A fresh scene and start that depend on `seed` (>= 0) alone, whatever happened before."""
         if seed < 0:
             raise SimulatorError(f"arm/{self._task}: a seed of at least 0 is required, got {seed}.")
         self._scene = draw_scene(seed)
-        self._target = self._scene.target if self._task == "reach" else -1
+        self._target = self._scene.target if self._task in AIMED else -1
         self._sent = 0
         paint(self._model, self._scene)
         self._mujoco.mj_resetData(self._model, self._data)
@@ -132,18 +137,18 @@ class ArmWorld:
         return self._frame()
 
     def choose_target(self, cell: int) -> SimFrame:
-        """Ask for another object of the scene until the next reset, and return the frame as it now is.
+        """Ask for another target of the scene until the next reset, and return the frame as it now is.
 
         Two episodes that differ by this alone differ by their instruction alone: pictures and poses stay. Raises
-        `SimulatorError` if the task is not `reach`, nothing was reset, or `cell` is not among `targets`.
+        `SimulatorError` if the task has no target, nothing was reset, or `cell` is not among `targets`.
         """
-        scene = self._required_scene()
-        if self._task != "reach":
-            raise SimulatorError(f"arm/{self._task} has no target to choose: use arm/reach.")
-        if cell not in scene.unique():
+        possible = self.targets
+        if self._task not in AIMED:
+            raise SimulatorError(f"arm/{self._task} has no target to choose: use arm/reach or arm/place.")
+        if cell not in possible:
+            why = ", whose objects are each the only one of their colour and shape" if self._task == "reach" else ""
             raise SimulatorError(
-                f"arm/reach: a target among cells {list(scene.unique())} is required, whose objects are each the only one "
-                f"of their colour and shape, got {cell}."
+                f"arm/{self._task}: a target among cells {list(possible)} is required{why}, got {cell}."
             )
         self._target = cell
         return self._frame()
@@ -168,7 +173,7 @@ class ArmWorld:
             consumed=torch.from_numpy(np.stack(consumed)),
             sent=len(consumed),
             reward=float(sum(reached)),
-            success=any(reached) if self._task == "reach" else None,
+            success=any(reached) if self._task in AIMED else None,
             terminated=False,
             truncated=self._sent >= self.horizon,
         )

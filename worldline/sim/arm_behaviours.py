@@ -9,6 +9,7 @@ and send the joint targets that belong to it; the arm lags behind. Each episode 
              freeze        expert that stops for good after 20-80% of the way
              play          from random cell to random cell at changing speed and height, never at rest
              random        smooth random joint targets
+    place    as in reach
     revisit  revisit       looks at the cell it starts above, wanders among the others without ever having it in sight,
                            returns and stays
              play, random  as above
@@ -30,11 +31,13 @@ from worldline.sim.behaviours import drawn_cause, smooth_random
 
 CAUSES: Mapping[str, tuple[str, ...]] = {
     "reach": ("expert", "wrong_object", "freeze", "play", "random"),
+    "place": ("expert", "wrong_object", "freeze", "play", "random"),
     "revisit": ("revisit", "play", "random"),
 }
 # How many episodes of every twenty in a row have which cause.
 BLENDS: Mapping[str, Mapping[str, Mapping[str, int]]] = {
     "reach": {"mixed": {"expert": 8, "wrong_object": 4, "freeze": 2, "play": 4, "random": 2}},
+    "place": {"mixed": {"expert": 8, "wrong_object": 4, "freeze": 2, "play": 4, "random": 2}},
     "revisit": {"mixed": {"revisit": 10, "play": 10}},
 }
 

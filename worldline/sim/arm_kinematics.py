@@ -20,6 +20,9 @@ HAND_LOW = 0.06  # metres above the table at lift 0
 
 SPACING = 0.2  # metres between neighbouring cells
 CELLS = np.array([((column - 1) * SPACING, 0.2 + row * SPACING) for row in range(3) for column in range(3)])
+PLACES = tuple(
+    f"{row} {column}" for row in ("near", "central", "far") for column in ("left", "middle", "right")
+)  # of cells
 TILE_HALF = 0.065  # metres: a cell is seen as long as a part of its tile is
 
 CAMERA_ABOVE_HAND = 0.135  # metres

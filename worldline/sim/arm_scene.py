@@ -41,7 +41,7 @@ CELL_COLUMNS = ("colour", "shape", "tile_first", "tile_second", "pattern")  # in
 STATE_NAMES = (
     *(f"joint_{name}" for name in JOINTS),  # radians; metres for the lift
     *(f"velocity_{name}" for name in JOINTS),  # the same a second
-    "target",  # cell 0 to 8 that `arm/reach` asks for; -1 in other tasks
+    "target",  # cell 0 to 8 that `arm/reach` or `arm/place` asks for; -1 in other tasks
     *(f"cell{cell}_{name}" for cell in range(9) for name in CELL_COLUMNS),
 )
 TARGET = STATE_NAMES.index("target")

@@ -90,7 +90,7 @@ def make_world(
     horizon: int = 160,
     control_steps: int = 4,
 ) -> SimulatedWorld:
-    """The world called `name`: "metaworld/<task>", "arm/reach", "arm/revisit" or "gym/<environment id>".
+    """The world called `name`: "metaworld/<task>", "arm/reach", "arm/place", "arm/revisit" or "gym/<environment id>".
 
     Args:
         cameras: views to render, each `size` x `size`; `()` renders nothing and is 10 to 50 times faster. Default: the

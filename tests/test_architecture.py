@@ -163,7 +163,19 @@ def test_import_worldline_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "optional", ["metaworld", "mujoco", "lpips", "xformers", "wandb", "torchvision", "stable_baselines3"]
+    "optional",
+    [
+        "metaworld",
+        "mujoco",
+        "lpips",
+        "xformers",
+        "wandb",
+        "torchvision",
+        "stable_baselines3",
+        "peft",
+        "transformers",
+        "minari",
+    ],
 )
 def test_the_library_imports_without_its_extras(optional: str) -> None:
     """An extra is asked for when it is used, not when the library is imported."""

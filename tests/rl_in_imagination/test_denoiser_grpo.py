@@ -1,6 +1,7 @@
 """GRPO on a denoiser: it learns what its reward asks for, is held near where it began, and notices what is broken."""
 
 import copy
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -155,3 +156,9 @@ def test_adapters_alone_learn_and_are_published_as_plain_weights():
     assert moved and moved <= {name for name, p in begun.named_parameters() if id(p) in hidden}
     with pytest.raises(ValueError, match="lora_rank of at least 0 required, got -1"):
         GRPOConfig(lora_rank=-1)
+
+
+def test_adapters_without_peft_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(WorldlineError, match=r"adapters of low rank require peft: pip install 'worldline\[lora\]'"):
+        DenoiserUpdater(half_trained()[0], replace(CONFIG, lora_rank=2))

@@ -74,18 +74,26 @@ def training_gflop(config: TrainWorldModel, *, lead: int = 60, draws: int = 8) -
 
 
 def seconds_a_step(module: Any, settings: Any) -> float:
-    """CPU seconds of a training step of a stage: what two short runs differ by. Timed once, and kept beside its folder."""
+    """CPU seconds of a training step of a stage: what two short runs differ by. Timed once, and kept beside its folder.
+
+    A run before them does not count: it fills the caches. Raises `SystemExit` for a difference that is no time.
+    """
     kept = settings.out.with_name(f"{settings.out.name}-pace.json")
     if not kept.is_file():
         took = []
-        for steps in TIMED:
+        for steps in (TIMED[0], *TIMED):
             out = settings.out.with_name(f"{settings.out.name}-timed")
             shutil.rmtree(out, ignore_errors=True)
             start = time.process_time()
             module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
             took.append(time.process_time() - start)
             shutil.rmtree(out)
-        kept.write_text(json.dumps((took[1] - took[0]) / (TIMED[1] - TIMED[0])))
+        pace = (took[2] - took[1]) / (TIMED[1] - TIMED[0])
+        if pace <= 0:
+            raise SystemExit(
+                f"{settings.out}: {TIMED[1]} steps took {took[2]:.1f} CPU seconds, {TIMED[0]} took {took[1]:.1f}: no pace"
+            )
+        kept.write_text(json.dumps(pace))
     return json.loads(kept.read_text())
 
 

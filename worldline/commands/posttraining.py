@@ -66,7 +66,8 @@ class Posttrain:
     """
 
     world_model: Path
-    """An autoregressive world model without memory, or a unified video-action model of design uwm."""
+    """An autoregressive world model without memory, or a unified video-action model of design uwm (of which only the forward query is
+    trained and watched: what it does as a policy may change)."""
     reward: Path
     """Made by `worldline train inverse --half first`."""
     judge: Path

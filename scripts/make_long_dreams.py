@@ -26,6 +26,7 @@ from result_tables import row, table
 from stages import record, train, training_gflop
 
 from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.outputs import report_results
 from worldline.commands.sampling import load_dream
 from worldline.diffusion import LevelDistribution
 from worldline.eval.drift import drift_results
@@ -193,7 +194,7 @@ def evaluate(config: MakeLongDreams, arm: str, folder: Path, seed: int) -> Path:
 
 
 def results(report: Path) -> dict[str, Any]:
-    return json.loads((report / "report.json").read_text())["results"]
+    return report_results(report)
 
 
 def span(found: Any, digits: int = 0) -> str:

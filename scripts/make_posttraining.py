@@ -14,9 +14,7 @@ Everything is kept in --out; run the same command again after an interruption. P
 here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
 """
 
-import json
 import shutil
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +22,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from result_tables import row, table
-from stages import record, seconds_a_step, train
+from result_tables import number, row, table
+from stages import pace, record, seconds_a_step, train
 
 from worldline.checkpoint import load_config
 from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.outputs import report_results
 from worldline.commands.posttraining import Posttrain, run_posttrain
 from worldline.commands.ranking import Rank, run_rank
+from worldline.commands.ranking_page import change_rows
 from worldline.eval.intervals import paired_interval
 from worldline.eval.replays import Replays, join_replays, load_replays, open_for
 from worldline.rl_in_imagination.inverse import InverseModel
@@ -139,20 +139,13 @@ def posttraining(config: MakePosttraining, seed: int, begun: Path, judges: dict[
 
 
 def seconds_an_iteration(settings: Posttrain) -> float:
-    """CPU seconds of an iteration of post-training: what runs of one and of three differ by, halved. Timed once, and kept."""
-    kept = settings.out.with_name(f"{settings.out.name}-pace.json")
-    if not kept.is_file():
-        took = []
-        for iterations in (1, 1, 3):  # the first fills the caches
-            out = settings.out.with_name(f"{settings.out.name}-timed")
-            shutil.rmtree(out, ignore_errors=True)
-            rl = replace(settings.rl, iterations=iterations, check_every=100, check_clips=4)
-            start = time.process_time()
-            run_posttrain(replace(settings, out=out, rl=rl, videos=0), progress=False)
-            took.append(time.process_time() - start)
-            shutil.rmtree(out)
-        kept.write_text(json.dumps((took[2] - took[1]) / 2))
-    return json.loads(kept.read_text())
+    """CPU seconds of an iteration of post-training, its checks apart, timed once."""
+
+    def run(iterations: int, out: Path) -> None:
+        rl = replace(settings.rl, iterations=iterations, check_every=100, check_clips=4)
+        run_posttrain(replace(settings, out=out, rl=rl, videos=0), progress=False)
+
+    return pace(run, settings.out, (1, 3))
 
 
 def arms(config: MakePosttraining, seed: int) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -212,7 +205,7 @@ def evaluated(config: MakePosttraining, folder: Path) -> dict[str, Any]:
     if not (out / "report.json").is_file():
         data = tuple(config.out / task / "test" for task in config.tasks)
         run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
-    return json.loads((out / "report.json").read_text())["results"]
+    return report_results(out)
 
 
 def ranked(config: MakePosttraining, seed: int, made: dict[str, Path]) -> list[str]:
@@ -249,19 +242,15 @@ def ranked(config: MakePosttraining, seed: int, made: dict[str, Path]) -> list[s
             out=out,
         )
         run_rank(rank)
-        results = json.loads((out / "report.json").read_text())["results"]
+        results = report_results(out)
         s, change = results["statistics"], results["change"]
-        cells = [_number(s["pearson"]), _number(s["mmrv"]), _number(s["bias"])]
-        for name in ("pearson", "mmrv", "mean_absolute_error"):
-            m = change["measures"][name] if change else None
-            known = m is not None and m["low"] is not None and m["before"] is not None and m["after"] is not None
-            cells.append(f"{m['after'] - m['before']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]" if known else "–")
-        rows.append(row(f"{arm}, {seed}", *cells))
+        cells = [number(s[name], 3) for name in ("pearson", "mmrv", "bias", "mean_absolute_error")]
+        rows.append(
+            row(f"{arm}, {seed}", *cells, *(r[3] for r in change_rows(change)))
+            if change
+            else row(f"{arm}, {seed}", *cells, *["–"] * 4)
+        )
     return rows
-
-
-def _number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3f}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -337,10 +326,10 @@ def main(config: MakePosttraining) -> None:
         sections["following"] += following(made, judges, replays, seed)
         sections["pictures"] += pictures(config, made, seed)
         sections["ranking"] += ranked(config, seed, made)
-        report = json.loads((made["rlir"] / "report.json").read_text())["results"]
-        pace = json.loads((config.out / f"rlir{seed}-pace.json").read_text())
+        report = report_results(made["rlir"])
+        took = seconds_an_iteration(posttraining(config, seed, made["pretrained"], judges))
         paces.append(
-            f"Seed {seed}: {len(report['history'])} iterations of {pace:.1f} CPU seconds; published: iteration {report['best_iteration']}; "
+            f"Seed {seed}: {len(report['history'])} iterations of {took:.1f} CPU seconds; published: iteration {report['best_iteration']}; "
             f"stopped because {report['stopped']}."
         )
     heads = {
@@ -348,7 +337,7 @@ def main(config: MakePosttraining) -> None:
         "following": "| world model, seed | judge | - pretrained | - supervised | gap closed | reward model |",
         "pictures": f"| world model, seed | camera | {' | '.join(f'moved PSNR at {h}' for h in HORIZONS)} | over shuffled actions, dB | negated "
         "| zeroed | latent Frechet, last clip |",
-        "ranking": "| world model, seed | r | MMRV | bias | r - pretrained | MMRV - pretrained | mean absolute error - pretrained |",
+        "ranking": "| world model, seed | r | MMRV | bias | mean absolute error | r - pretrained | MMRV | bias | mean absolute error |",
     }
     parts = [
         f"{len(config.tasks)} tasks, {config.design}: {config.minutes:g} CPU minutes of pretraining, {config.rl_minutes:g} of post-training or of "

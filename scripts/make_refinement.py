@@ -11,7 +11,6 @@ Everything is kept in --out; run the same command again after an interruption. P
 What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds or --budget.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from scipy.stats import binomtest
 from stages import record, train, truth_settings
 from statsmodels.stats.multitest import multipletests
 
+from worldline.commands.outputs import report_results
 from worldline.commands.refining import Refine, run_refine
 from worldline.commands.rollouts import Kept, Truth, identity_of
 from worldline.commands.sampling import load_dream
@@ -239,7 +239,7 @@ def curve_rows(config: MakeRefinement) -> list[str]:
     rows = []
     for task in config.tasks:
         for seed in range(config.seeds):
-            report = json.loads((config.out / task / f"refined{seed}" / "report.json").read_text())["results"]
+            report = report_results(config.out / task / f"refined{seed}")
             for r in report["truth"]["checked"]:
                 published = " (published)" if r["iteration"] == report["best_iteration"] else ""
                 low, high = r["true_interval"]

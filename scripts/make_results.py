@@ -7,7 +7,6 @@ training steps of --budget 1 (about an hour of one CPU core a task and seed, rec
 kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
 """
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import tyro
 from stages import record, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.outputs import report_results
 from worldline.commands.ranking import Rank, run_rank
 from worldline.trainers import policy, probe, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
@@ -185,7 +185,7 @@ def rank(config: MakeResults, home: Path, task: str, judge: Judge) -> dict[str, 
             out=out,
         )
     )
-    return json.loads((out / "report.json").read_text())["results"]
+    return report_results(out)
 
 
 def run_seed(config: MakeResults, home: Path, task: str, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -211,7 +211,7 @@ def evaluate(config: MakeResults, home: Path, seed: int, judge: Judge) -> dict[s
         action_free=free,
     )
     run_eval(evaluation)
-    return json.loads((home / f"eval{seed}" / "report.json").read_text())["results"]
+    return report_results(home / f"eval{seed}")
 
 
 def run_seed_with_ranked(config: MakeResults, home: Path, task: str, seed: int) -> dict[str, Any]:

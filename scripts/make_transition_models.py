@@ -21,6 +21,7 @@ from result_tables import row, table
 from stages import record, seconds_a_step, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.outputs import report_results
 from worldline.trainers import world_model, world_model_edm
 
 ARMS = ("transformer", "unet-two-hot", "unet-plain")
@@ -68,7 +69,7 @@ def measured(config: MakeTransitionModels, folder: Path, scorer: Path) -> dict[s
         data = config.out / config.task / "test"
         options: dict[str, Any] = {"frames": config.refinement.frames, "split": "all", "doubt_steps": 2}
         run_eval(Evaluate(world_model=folder, data=(data,), out=out, scorer=scorer, **options))
-    return json.loads((out / "report.json").read_text())["results"]
+    return report_results(out)
 
 
 def rows_of(config: MakeTransitionModels, arm: str, seed: int, scorer: Path) -> list[str]:

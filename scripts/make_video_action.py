@@ -17,7 +17,6 @@ Everything is kept in --out; run the same command again after an interruption. P
 here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from result_tables import row, table
 from stages import record, seconds_a_step, train, truth_settings
 
 from worldline.commands.dreaming import Evaluate, run_eval
+from worldline.commands.outputs import report_results
 from worldline.commands.rollouts import Kept, Truth, identity_of, weights_of
 from worldline.commands.sampling import load_dream
 from worldline.data import LeRobotDataset
@@ -198,7 +198,7 @@ def forward_table(config: MakeVideoAction, seed: int) -> str:
             data = tuple(config.out / task / "test" for task in config.tasks)
             folder = trained(config, arm, seed)
             run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
-        found[arm] = json.loads((out / "report.json").read_text())["results"]
+        found[arm] = report_results(out)
     rows = []
     for arm, results in found.items():
         at = {(h["predictor"], h["camera"], h["horizon"]): h["moved_psnr"] for h in results["horizons"]}

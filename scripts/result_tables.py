@@ -70,17 +70,17 @@ def ranking_row(task: str, seed: int, found: dict[str, Any]) -> str:
     return row(
         f"{task}, {seed}",
         len(s["policies"]),
-        _number(s["pearson"]),
+        number(s["pearson"]),
         _span(s["pearson_interval_policy"]),
         _span(s["pearson_interval_rollouts"]),
-        _number(s["pearson_independent"]),
-        _number(s["spearman"]),
-        _number(s["mmrv"], 3),
+        number(s["pearson_independent"]),
+        number(s["spearman"]),
+        number(s["mmrv"], 3),
         f"{floor['mean']:.3f} {_span(floor)}" if floor else "–",
         f"{s['bias']:+.2f}",
-        _number(s["top1_regret"]),
-        _number(corrected.get("real_only")),
-        _number(corrected.get("corrected")),
+        number(s["top1_regret"]),
+        number(corrected.get("real_only")),
+        number(corrected.get("corrected")),
     )
 
 
@@ -104,5 +104,5 @@ def _span(interval: dict[str, float] | None) -> str:
     return "–" if interval is None else f"[{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"

@@ -22,7 +22,7 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-  echo "setup: installing (about 1.5 GB; a few minutes the first time)"
+  echo "setup: installing (about 2.5 GB on disk; a few minutes the first time)"
   # torch first and by its exact pin: other packages' ranges would take a CUDA build
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,sb3,offline,lora,dev]'

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,26 +75,34 @@ def training_gflop(config: TrainWorldModel, *, lead: int = 60, draws: int = 8) -
 
 
 def seconds_a_step(module: Any, settings: Any) -> float:
-    """CPU seconds of a training step of a stage: what two short runs differ by. Timed once, and kept beside its folder.
+    """CPU seconds of a training step of a stage, timed once and kept beside its folder."""
+
+    def run(steps: int, out: Path) -> None:
+        module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
+
+    return pace(run, settings.out, TIMED)
+
+
+def pace(run: Callable[[int, Path], Any], out: Path, timed: tuple[int, int]) -> float:
+    """CPU seconds of one step of `run(steps, folder)`: what a short and a longer run differ by. Kept beside `out`.
 
     A run before them does not count: it fills the caches. Raises `SystemExit` for a difference that is no time.
     """
-    kept = settings.out.with_name(f"{settings.out.name}-pace.json")
+    kept = out.with_name(f"{out.name}-pace.json")
     if not kept.is_file():
-        took = []
-        for steps in (TIMED[0], *TIMED):
-            out = settings.out.with_name(f"{settings.out.name}-timed")
-            shutil.rmtree(out, ignore_errors=True)
+        took, scratch = [], out.with_name(f"{out.name}-timed")
+        for steps in (timed[0], *timed):
+            shutil.rmtree(scratch, ignore_errors=True)
             start = time.process_time()
-            module.run(replace(settings, out=out, loop=replace(settings.loop, steps=steps, warmup=1)), progress=False)
+            run(steps, scratch)
             took.append(time.process_time() - start)
-            shutil.rmtree(out)
-        pace = (took[2] - took[1]) / (TIMED[1] - TIMED[0])
-        if pace <= 0:
+            shutil.rmtree(scratch)
+        _, short, long = took
+        if long <= short:
             raise SystemExit(
-                f"{settings.out}: {TIMED[1]} steps took {took[2]:.1f} CPU seconds, {TIMED[0]} took {took[1]:.1f}: no pace"
+                f"{out}: {timed[1]} steps took {long:.1f} CPU seconds, {timed[0]} took {short:.1f}: no pace"
             )
-        kept.write_text(json.dumps(pace))
+        kept.write_text(json.dumps((long - short) / (timed[1] - timed[0])))
     return json.loads(kept.read_text())
 
 

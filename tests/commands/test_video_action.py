@@ -148,7 +148,12 @@ def test_planning_is_one_more_policy_by_name(va: Path, lab: Lab, worldline: Run,
     ]
     said = worldline("rank", *judges, "--out", tmp_path / "rank", "--policies", lab.bc, va, *planned, "--videos", 0)
     assert said.code == 0, said.err
-    names = {row["policy"] for row in results(tmp_path / "rank", videos=False)["policies"]}
+    found = results(tmp_path / "rank", videos=False)
+    names = {row["policy"] for row in found["policies"]}
+    # it pleases its own judges
+    flattered = [said for said in found["independence"] if "its imagined success flatters it" in said]
+    assert len(flattered) == 2 and "plans with the scorer of this ranking" in flattered[0]
+    assert "plans with the world model and the scorer of this ranking" in flattered[1]
     assert names == {"bc", "va", "va@best=2,beyond=1,scorer=scorer", "bc@best=2,spread=0.5,scorer=scorer,dream=wm"}
     plans = load_acting(planned[0], spec=load_world_model(va)[0].spec)
     assert isinstance(plans, BestOfN) and plans.candidates == 2 and plans.beyond == 1

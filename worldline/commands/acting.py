@@ -40,16 +40,16 @@ def load_acting(name: str, *, spec: WorldSpec) -> Policy:
 
 
 def planning_folders(name: str) -> list[str]:
-    """Folders named behind '@': what a policy that plans does depends on them too."""
+    """Scorer and dream of a policy that plans, the dream its own where none is named: what it does depends on them too."""
     planning = _parted(name)[1]
-    return [planning[key] for key in ("scorer", "dream") if key in planning]
+    return [planning.get("scorer", ""), planning.get("dream", name.partition("@")[0])] if "best" in planning else []
 
 
 def _parted(name: str) -> tuple[str, dict[str, Any]]:
     """The name without the options of planning, and those."""
-    base, at, options = name.partition("@")
+    base, _, options = name.partition("@")
     rest, planning = [], {}
-    for item in options.split(","):
+    for item in options.split(",") if options else ():
         key, _, value = item.partition("=")
         if key not in PLANNING:
             rest.append(item)
@@ -58,4 +58,4 @@ def _parted(name: str) -> tuple[str, dict[str, Any]]:
             planning[key] = PLANNING[key](value)
         except ValueError as error:
             raise PolicyError(f"policy {name!r}: a number required for {key} after '@', got {item!r}") from error
-    return base + at * bool(rest and any(rest)) + ",".join(rest), planning
+    return (f"{base}@{','.join(rest)}" if rest else base), planning

@@ -1,9 +1,10 @@
-"""What would make a ranking flatter itself: ranked policies in the training data, or starts shared with it."""
+"""What would make a ranking flatter itself: ranked policies in the training data, starts shared with it, policies that plan by their judges."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from worldline.checkpoint import load_config, resolve
+from worldline.commands.acting import planning_folders
 from worldline.data import LeRobotDataset
 from worldline.errors import SimulatorError
 from worldline.sim.rollout import disjoint_starts
@@ -36,6 +37,7 @@ def shared_with_training(
         f"{named}, the data of the {', '.join(parts)}, is not here as it was: that it is independent could not be checked"
         for named, parts in missing.items()
     ]
+    found += _planned(policies, {"world model": world_model, "scorer": scorer})
     for root, parts in used.items():
         recorded = [dict(p or {}) for p in LeRobotDataset(root).episode_table["provenance"].tolist()]
         found += _policies(policies, recorded, f"in {root}, the data of the {', '.join(parts)}")
@@ -65,6 +67,19 @@ def _is_dataset(root: Path, fingerprint: str | None) -> bool:
     if not (root / "meta/info.json").is_file():
         return False
     return fingerprint is None or LeRobotDataset(root).fingerprint == fingerprint
+
+
+def _planned(policies: Sequence[str], judges: Mapping[str, Path]) -> list[str]:
+    """Policies that choose what pleases those who judge them."""
+    found = []
+    for name in policies:
+        own = {resolve(folder).resolve() for folder in planning_folders(name)}
+        same = [part for part, folder in judges.items() if resolve(folder).resolve() in own]
+        if same:
+            found.append(
+                f"{name} plans with the {' and the '.join(same)} of this ranking: its imagined success flatters it"
+            )
+    return found
 
 
 def _policies(policies: Sequence[str], recorded: Sequence[Mapping[str, str]], where: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line, report_results
 from worldline.commands.ranking import Rank, run_rank
-from worldline.commands.ranking_page import change_rows
+from worldline.commands.ranking_page import add_change
 from worldline.commands.rollouts import weights_of
 from worldline.errors import SpecMismatch
 from worldline.eval import Report, video_grid
@@ -252,13 +252,8 @@ def _report(
         for c in found.checks
     ]
     report.table("Checks on held-out clips", columns, rows)
-    if change is not None:
-        report.table(
-            f"Does it rank better? {len(change['policies'])} policies, {change['episodes']} episodes each",
-            ["agreement with the simulator", "before", "post-trained", "difference, 95% interval"],
-            change_rows(change),
-            note="Paired over starts. Both rankings have pages of their own: ranking/before/report.html and ranking/after/report.html.",
-        )
+    pages = " Both rankings have pages of their own: ranking/before/report.html and ranking/after/report.html."
+    add_change(report, change, before="before", after="post-trained", note=pages)
     if before:
         model, _ = load_world_model(config.out)
         after = _dreams(model, tokenizer, clip, config.videos)

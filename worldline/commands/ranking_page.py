@@ -6,6 +6,8 @@ from worldline.commands.dreaming_page import add_diagnostic
 from worldline.eval import Interval, PerfectModel, Report, ranking_scatter, success_bars
 from worldline.eval.ranking import Ranked, ReplayDiagnostic, policy_table
 
+MEASURES_SAID = {"pearson": "r", "mmrv": "MMRV", "bias": "bias", "mean_absolute_error": "mean absolute error"}
+
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"
@@ -63,7 +65,7 @@ def ranking_page(
         rates["true"] = [r["real"] for r in rows]
         intervals["true"] = [Interval(**r["real_interval"]) for r in rows]
     report.plot("Success by policy", success_bars(rates, intervals, names))
-    _change(report, results["change"])
+    add_change(report, results["change"], before="--against", after="this one")
     _gaps(report, results)
     _correction(report, ranked)
     needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
@@ -79,14 +81,9 @@ def ranking_page(
 
 
 def change_rows(change: dict[str, Any]) -> list[list[str]]:
-    """How two rankings agree with the truth: a row a measure."""
+    """How two rankings agree with the truth: of each measure its name, before, after, and the difference with its interval."""
     rows = []
-    for name, said in (
-        ("pearson", "r"),
-        ("mmrv", "MMRV"),
-        ("bias", "bias"),
-        ("mean_absolute_error", "mean absolute error"),
-    ):
+    for name, said in MEASURES_SAID.items():
         m = change["measures"][name]
         both = m["before"] is not None and m["after"] is not None
         span = "–" if m["low"] is None else f"[{m['low']:+.3f}, {m['high']:+.3f}]"
@@ -95,15 +92,17 @@ def change_rows(change: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _change(report: Report, change: dict[str, Any] | None) -> None:
+def add_change(report: Report, change: dict[str, Any] | None, *, before: str, after: str, note: str = "") -> None:
     """Which of two world models ranks better, if it was asked."""
-    if change is not None:
-        report.table(
-            f"Does it rank better? The same {change['episodes']} true starts, judged by both world models",
-            ["agreement with the truth", "--against", "this one", "difference, 95% interval"],
-            change_rows(change),
-            note="Paired over starts, for these very policies. r and MMRV of few policies move by little things: look at the policies' rates too.",
-        )
+    if change is None:
+        return
+    report.table(
+        f"Does it rank better? {len(change['policies'])} policies, the same {change['episodes']} true starts",
+        ["agreement with the simulator", before, after, "difference, 95% interval"],
+        change_rows(change),
+        note="Paired over starts, for these very policies. r and MMRV of few policies move by little things: look at the policies' rates too."
+        + note,
+    )
 
 
 def _gaps(report: Report, results: dict[str, Any]) -> None:

@@ -59,8 +59,7 @@ class GRPOConfig:
     lr: float = 1e-4
     """Of AdamW. Thirty updates at this rate moved a model of 2.5M weights by 0.0004 nats a number."""
     lora_rank: int = 0
-    """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights. They want a rate
-    about ten times as high."""
+    """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights."""
     max_norm: float = 1.0
     max_kl: float = 1.0
     """Nats a number and solver step from the pretrained model at which training stops with an error."""

@@ -26,7 +26,7 @@ from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
-from worldline.types import Clip, Imagination, LatentSpec, Trace, WorldSpec
+from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
 from worldline.worldmodels import traced
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
@@ -53,6 +53,8 @@ class AutoregressiveWorldModel(TracedSampling, nn.Module):
         network, body: a network that several robots share, and which of its ports is this one's (`embodiments`); without them
             it gets a network of its own.
     """
+
+    tracing = traced
 
     def __init__(
         self,
@@ -209,28 +211,6 @@ class AutoregressiveWorldModel(TracedSampling, nn.Module):
             poses.append(frame.pose)
         stacked = unwhiten({camera: torch.stack(z, 1) for camera, z in latents.items()}, self.latent_spec)
         return state, Imagination(latents=stacked, poses=self.pose_normalizer.denormalize(torch.stack(poses, 1)))
-
-    # --- reinforcement learning (`traced`) ----------------------------------------------------------------------------
-
-    def require_traceable(self, steps: int) -> None:
-        """Raises `SpecMismatch` if sampling by so many steps has no known log-probability."""
-        traced.require_traceable(self, steps)
-
-    def sample_traced(
-        self,
-        seen: Clip,
-        actions: Float[Tensor, "n f k a"],
-        *,
-        seeds: Int[Tensor, " n"],
-        steps: int = 4,
-        eta: float = 1.0,
-    ) -> Trace:
-        """The f frames that follow what was seen (as for `observe`), by stochastic solver steps that are kept."""
-        return traced.sample_traced(self, seen, actions, seeds=seeds, steps=steps, eta=eta)
-
-    def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
-        """Where each of those steps would go on average by the weights as they are."""
-        return traced.trace_means(self, trace)
 
     # --- storage ------------------------------------------------------------------------------------------------------
 

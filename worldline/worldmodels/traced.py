@@ -21,7 +21,7 @@ from worldline.tokenizers.whitening import unwhiten
 from worldline.types import Clip, Imagination, Trace
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch
 from worldline.worldmodels.ports import FrameBatch
-from worldline.worldmodels.traces import require_stochastic, trace_of
+from worldline.worldmodels.traces import trace_of
 from worldline.worldmodels.transformer import teacher_forcing_mask
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ def _rows(clip: NetworkClip, rows: Tensor) -> NetworkClip:
 def require_traceable(model: AutoregressiveWorldModel, steps: int) -> None:
     """Raise `SpecMismatch` for ways of sampling whose log-probability is not known, `ValueError` for steps that training never showed."""
     config = model.config
-    require_stochastic(steps)
     wrong = []
     if config.network.memory.size:
         wrong.append("a model without memory (network.memory), this one has one")
@@ -80,19 +79,10 @@ def sample_traced(
     actions: Float[Tensor, "n f k a"],
     *,
     seeds: Int[Tensor, " n"],
-    steps: int = 4,
-    eta: float = 1.0,
+    steps: int,
+    eta: float,
 ) -> Trace:
-    """The f frames that follow, by `steps` solver steps each, all but the last stochastic. Row i is of its seed alone.
-
-    Args:
-        seen: real frames (raw latents "n t c h w", t >= 1) and the blocks between them, as `observe` takes them.
-        eta: fresh noise of a step, above 0 and at most 1 (`diffusion.stochastic`).
-
-    Raises `SpecMismatch`, see `require_traceable`; `ValueError` for another eta.
-    """
-    require_traceable(model, steps)
-    require_stochastic(steps, eta)
+    """`TracedSampling.sample_traced`, frame by frame."""
     streaming, seeds = model.streaming, seeds.to(model.device)
     levels = solver_levels(steps).tolist()
     given = model.network_units(seen)

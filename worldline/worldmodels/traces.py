@@ -1,24 +1,51 @@
 """What traced sampling of every world model has in common: its steps, and their log-density."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldline.diffusion import linear_path
 from worldline.diffusion.stochastic import Renoised, gaussian_log_prob, renoised_std
 from worldline.errors import SpecMismatch
-from worldline.types import Imagination, Trace
+from worldline.types import Clip, Imagination, Trace
 
 
 class TracedSampling:
-    """What follows for a world model from `trace_means` alone, and from contexts that keep their `imagination`."""
+    """What makes a world model a `TracedWorldModel`: `tracing`, a module with `require_traceable`, `sample_traced` and `trace_means` of it."""
+
+    tracing: ClassVar[Any]
+
+    def require_traceable(self, steps: int, eta: float = 1.0) -> None:
+        """Raises `SpecMismatch` if sampling by so many steps has no known log-probability, `ValueError` for an eta or levels out of range."""
+        require_stochastic(steps, eta)
+        self.tracing.require_traceable(self, steps)
+
+    def sample_traced(
+        self,
+        seen: Clip,
+        actions: Float[Tensor, "n f k a"],
+        *,
+        seeds: Int[Tensor, " n"],
+        steps: int = 4,
+        eta: float = 1.0,
+    ) -> Trace:
+        """The f frames that follow, by `steps` solver steps each, all but the last stochastic and kept. Row i is of its seed alone.
+
+        Args:
+            seen: real frames (raw latents "n t c h w", t >= 1) and the blocks between them, as `observe` takes them.
+            eta: fresh noise of a step, above 0 and at most 1 (`diffusion.stochastic`).
+
+        Raises as `require_traceable` does.
+        """
+        self.require_traceable(steps, eta)
+        return self.tracing.sample_traced(self, seen, actions, seeds=seeds, steps=steps, eta=eta)
 
     def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
-        """Where each step of a trace would go on average by the weights as they are."""
-        raise NotImplementedError
+        """Where each step of a trace would go on average by the weights as they are, with gradients."""
+        return self.tracing.trace_means(self, trace)
 
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]:
         """Of a trace's steps with a density together, exactly, with gradients."""

@@ -57,7 +57,7 @@ class Layout(nn.Module):
         self.o, self.a, self.changes, self.squash = len(spec.pose_names), spec.action.dim, changes, squash
         low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
         told = (*spec.pose_names, *spec.action.names, "reward", "terminal")
-        self._names = told + tuple(f"change of {name}" for name in spec.pose_names) * changes
+        self.names = told + tuple(f"change of {name}" for name in spec.pose_names) * changes
         self.register_buffer("centre", (low + high) / 2, persistent=False)
         self.register_buffer("radius", (high - low) / 2, persistent=False)
         self.register_buffer("mean", torch.zeros(self.width))
@@ -69,15 +69,10 @@ class Layout(nn.Module):
         """Numbers of a step."""
         return self.o + self.a + 2 + self.o * self.changes
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of those numbers."""
-        return self._names
-
     @torch.no_grad()
     def fit(self, data: Trajectories) -> "Layout":
         """Take mean and standard deviation from recorded steps."""
-        raw = self._join(data.actions, data.rewards, data.terminated, data.observations, data.next_observations)
+        raw = self._numbers(data.actions, data.rewards, data.terminated, data.observations, data.next_observations)
         raw = raw.to(self.mean)
         mean, std = raw.double().mean(0), raw.double().std(0, correction=0)
         terminal = self.o + self.a + 1
@@ -91,17 +86,17 @@ class Layout(nn.Module):
         """Physical steps as normalised numbers."""
         seen = windows.observations
         following = torch.cat([seen[:, 1:], seen[:, -1:]], 1)  # what comes after a window is not known: it stays
-        return (self._join(windows.actions, windows.rewards, windows.terminal, seen, following) - self.mean) / self.std
+        return (
+            self._numbers(windows.actions, windows.rewards, windows.terminal, seen, following) - self.mean
+        ) / self.std
 
     def unpack(self, z: Float[Tensor, "n t d"]) -> Windows:
         """Normalised numbers as physical steps: actions within their range, terminal by the threshold."""
         raw = z * self.std + self.mean
-        observations, squashed, reward, terminal, change = raw.split(
-            [self.o, self.a, 1, 1, self.o * self.changes], dim=-1
-        )
+        observations, place, reward, terminal, change = raw.split([self.o, self.a, 1, 1, self.o * self.changes], dim=-1)
         return Windows(
-            self._joined(observations, change) if self.changes else observations,
-            self.centre + self.radius * (squashed.tanh() if self.squash else squashed.clamp(-1, 1)),
+            self._nearest(observations, change) if self.changes else observations,
+            self.centre + self.radius * (place.tanh() if self.squash else place.clamp(-1, 1)),
             reward[..., 0],
             terminal[..., 0] > THRESHOLD,
         )
@@ -109,14 +104,13 @@ class Layout(nn.Module):
     def slope(self, z: Float[Tensor, "n t d"]) -> Float[Tensor, "n t a"]:
         """d action / d normalised number, of every action dimension: the chain rule of `unpack`."""
         part = slice(self.o, self.o + self.a)
-        if (
-            not self.squash
-        ):  # beyond the range too: back into it, or further out, where clipping leaves the action at its end
+        if not self.squash:
+            # beyond the range too, where clipping leaves the action at its end: what has gone out can be led back
             return (self.radius * self.std[part]).expand(*z.shape[:-1], -1)
         squashed = z[..., part] * self.std[part] + self.mean[part]
         return self.radius * (1 - squashed.tanh().square()) * self.std[part]
 
-    def _join(
+    def _numbers(
         self, actions: Tensor, rewards: Tensor, terminal: Tensor, observations: Tensor, following: Tensor
     ) -> Float[Tensor, "*rows d"]:
         place = (actions - self.centre) / self.radius
@@ -125,12 +119,11 @@ class Layout(nn.Module):
         parts = [observations, place, rewards[..., None], ends[..., None]]
         return torch.cat([*parts, following - observations] if self.changes else parts, -1)
 
-    def _joined(self, observations: Float[Tensor, "n t o"], change: Float[Tensor, "n t o"]) -> Float[Tensor, "n t o"]:
+    def _nearest(self, observations: Float[Tensor, "n t o"], change: Float[Tensor, "n t o"]) -> Float[Tensor, "n t o"]:
         """The trajectory nearest to both: to each observation, in its own spread, and to each change, in that of changes."""
         t = observations.shape[1]
-        trust = (
-            (self.std[: self.o] / self.std[-self.o :]).double().square()[:, None, None]
-        )  # of a change over an observation
+        # how much more a change says of a step than two observations do
+        trust = (self.std[: self.o] / self.std[-self.o :]).double().square()[:, None, None]
         step = torch.diff(torch.eye(t, dtype=torch.float64, device=observations.device), dim=0)  # "t-1 t"
         system = torch.eye(t, dtype=torch.float64, device=observations.device) + trust * (step.T @ step)  # "o t t"
         both = torch.einsum("ts,nso->otn", step.T, change[:, :-1].double()) * trust

@@ -19,7 +19,7 @@ from worldline.data.normalization import RobustNormalizer, normalizers_from_json
 from worldline.diffusion import add_noise, linear_path
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
-from worldline.types import Clip, Imagination, LatentSpec, TensorState, Trace, WorldSpec
+from worldline.types import Clip, Imagination, LatentSpec, TensorState, WorldSpec
 from worldline.worldmodels.autoregressive import body_of
 from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.traces import TracedSampling
@@ -54,6 +54,8 @@ class VideoActionModel(TracedSampling, nn.Module):
         spec: what it models; `spec.latent` is required.
         action_normalizer, pose_normalizer: fitted on the training episodes.
     """
+
+    tracing = traced
 
     def __init__(
         self,
@@ -316,11 +318,12 @@ class VideoActionModel(TracedSampling, nn.Module):
             for c, x in made.frames.items():
                 frames[c].append(x[:, :chunk])
             poses.append(made.poses[:, :chunk])
-            state = self._after(state, known, {c: x[:, :chunk] for c, x in made.frames.items()}, made.poses[:, :chunk])
+            state = self.after(state, known, {c: x[:, :chunk] for c, x in made.frames.items()}, made.poses[:, :chunk])
         latents = unwhiten({c: torch.cat(x, 1) for c, x in frames.items()}, self.latent_spec)
         return state, Imagination(latents=latents, poses=self.pose_normalizer.denormalize(torch.cat(poses, 1)))
 
-    def _after(self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor) -> TensorState:
+    def after(self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor) -> TensorState:
+        """The state that knows these frames too, in the network's units."""
         h, made = self.config.history, poses.shape[1]
         grown = replace(
             known,
@@ -329,28 +332,6 @@ class VideoActionModel(TracedSampling, nn.Module):
             count=(known.count + made).clamp(max=h),
         )
         return self._state(grown, state.tensors["frame"] + made)
-
-    # --- dreams with a known log-probability --------------------------------------------------------------------------
-
-    def require_traceable(self, steps: int) -> None:
-        """Raises `SpecMismatch` if sampling by so many steps has no known log-probability."""
-        traced.require_traceable(self, steps)
-
-    def sample_traced(
-        self,
-        seen: Clip,
-        actions: Float[Tensor, "n f k a"],
-        *,
-        seeds: Int[Tensor, " n"],
-        steps: int = 4,
-        eta: float = 1.0,
-    ) -> Trace:
-        """The f frames that follow, by stochastic solver steps that are kept. Design uwm alone."""
-        return traced.sample_traced(self, seen, actions, seeds=seeds, steps=steps, eta=eta)
-
-    def trace_means(self, trace: Trace) -> Float[Tensor, "s n f d"]:
-        """Where each of those steps would go on average by the weights as they are."""
-        return traced.trace_means(self, trace)
 
     # --- storage ------------------------------------------------------------------------------------------------------
 

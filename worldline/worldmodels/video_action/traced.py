@@ -18,7 +18,7 @@ from worldline.diffusion.stochastic import Renoised, renoised_mean, sample_renoi
 from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten
 from worldline.types import Clip, Imagination, Trace
-from worldline.worldmodels.traces import require_stochastic, trace_of
+from worldline.worldmodels.traces import trace_of
 from worldline.worldmodels.video_action.queries import FORWARD, Query, Roles
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known
 from worldline.worldmodels.video_action.uwm import UnifiedWorld, noise_like
@@ -56,7 +56,6 @@ def require_traceable(model: VideoActionModel, steps: int) -> None:
             "a video-action model of design uwm is required, which denoises whole frames; this one is of design "
             f"{model.config.design}, whose heads denoise token by token"
         )
-    require_stochastic(steps)
     model.with_sampling(solver_steps=steps)  # raises for levels that training never shows
 
 
@@ -67,15 +66,10 @@ def sample_traced(
     actions: Float[Tensor, "n f k a"],
     *,
     seeds: Int[Tensor, " n"],
-    steps: int = 4,
-    eta: float = 1.0,
+    steps: int,
+    eta: float,
 ) -> Trace:
-    """The f frames that follow, a chunk at a time, by `steps` solver steps each, all but the last stochastic. Row i is of its seed alone.
-
-    Raises `SpecMismatch`, see `require_traceable`, and for f that is no multiple of the chunk; `ValueError` for another eta.
-    """
-    require_traceable(model, steps)
-    require_stochastic(steps, eta)
+    """`TracedSampling.sample_traced`, a chunk at a time. Raises `SpecMismatch` for f that is no multiple of the chunk."""
     chunk, seeds, levels = model.config.chunk, seeds.to(model.device), solver_levels(steps).tolist()
     if actions.shape[1] % chunk:
         raise SpecMismatch(f"blocks in whole chunks of {chunk} required, got {actions.shape[1]}")
@@ -100,7 +94,7 @@ def sample_traced(
 
         traced.append(sample_renoised(predict, start, levels, linear_path, eta=eta, noise=noise))
         made = _parted(traced[-1].sample, future)
-        state = model._after(state, now, made.frames, made.poses)
+        state = model.after(state, now, made.frames, made.poses)
     parts = [_parted(r.sample, x) for r, x in zip(traced, given)]
     latents = {c: torch.cat([p.frames[c] for p in parts], 1) for c in parts[0].frames}
     poses = model.pose_normalizer.denormalize(torch.cat([p.poses for p in parts], 1))

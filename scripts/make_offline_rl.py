@@ -12,11 +12,12 @@ For every task a trajectory model and a dynamics ensemble learn from the recorde
 - the interquartile mean over tasks and seeds, and guided less real and less unguided, with a bootstrap stratified by task.
 
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md and the plot to
-OUT/guidance.png. What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds or --updates.
+OUT/guidance.png. What takes hours here is deepened on a bigger machine with the same command and more --sets, --seeds, --updates or --jobs.
 """
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from result_tables import row, table
-from stages import train
+from stages import together, train
 
 from worldline.commands.offline_rl import OfflineRL, run_offline_rl
 from worldline.data.trajectories import Trajectories
@@ -83,6 +84,8 @@ class MakeOfflineRL:
     """Width of the agents' networks."""
     iql: bool = True
     """IQL too, on the first set."""
+    jobs: int = 1
+    """Trainings at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
 
 
 def task_of(name: str) -> ControlTask:
@@ -91,13 +94,18 @@ def task_of(name: str) -> ControlTask:
     return make_control(f"pointmaze/{rest[0]}" if first == "pointmaze" else first)
 
 
-def models(config: MakeOfflineRL, name: str) -> tuple[Path, Path]:
-    """The set's trajectory model and dynamics ensemble."""
-    data, home = (str(config.data / name),), config.out / name
-    settings = trajectory.TrainTrajectory(data=data, out=home / "trajectory", model=config.model)
-    whole = train(trajectory, replace(settings, loop=replace(settings.loop, steps=config.model_steps)))
-    stepwise = train(dynamics, dynamics.TrainDynamics(data=data, out=home / "dynamics"))
-    return whole, stepwise
+def learn_trajectories(config: MakeOfflineRL, name: str) -> Path:
+    """The set's trajectory model."""
+    settings = trajectory.TrainTrajectory(
+        data=(str(config.data / name),), out=config.out / name / "trajectory", model=config.model
+    )
+    return train(trajectory, replace(settings, loop=replace(settings.loop, steps=config.model_steps)))
+
+
+def learn_dynamics(config: MakeOfflineRL, name: str) -> Path:
+    """The set's dynamics ensemble."""
+    settings = dynamics.TrainDynamics(data=(str(config.data / name),), out=config.out / name / "dynamics")
+    return train(dynamics, settings)
 
 
 def trained(
@@ -263,8 +271,22 @@ def spread(values: np.ndarray) -> str:
 def main(config: MakeOfflineRL) -> None:
     torch.set_num_threads(1)
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in config.sets:
-        models(config, name)
+    first = config.sets[0]
+    agents = {"td3bc": config.sets, **({"iql": config.sets[:1]} if config.iql else {})}
+    wanted = [(agent, name) for agent, sets in agents.items() for name in sets]
+    together(
+        config.jobs,
+        [partial(part, config, name) for name in config.sets for part in (learn_trajectories, learn_dynamics)],
+    )
+    choosing = [partial(trained, config, first, "guided", coefficient=c, starts=CHOOSING) for c in config.choose]
+    plain = [
+        partial(trained, config, name, arm, agent=agent) for agent, name in wanted for arm in ARMS if arm != "guided"
+    ]
+    together(config.jobs, [*plain, *choosing])
+    tried = {c: trained(config, first, "guided", coefficient=c, starts=CHOOSING) for c in config.choose}
+    chosen = max(tried, key=lambda c: interquartile_mean({first: tried[c]}))
+    guided = [partial(trained, config, name, "guided", agent=agent, coefficient=chosen) for agent, name in wanted]
+    together(config.jobs, [*guided, *(partial(against_coefficient, config, name) for name in config.sets)])
     found = {name: against_coefficient(config, name) for name in config.sets}
     plot(config, found)
     guided_rows = [
@@ -272,30 +294,25 @@ def main(config: MakeOfflineRL) -> None:
         for name, rows in found.items()
         for r in rows
     ]  # fmt: skip
-    first = config.sets[0]
-    tried = {c: trained(config, first, "guided", coefficient=c, starts=CHOOSING) for c in config.choose}
-    chosen = max(tried, key=lambda c: interquartile_mean({first: tried[c]}))
     scores: dict[str, Values] = {}
     return_rows = []
     bounds = {name: references(task_of(name)) for name in config.sets}
-    for agent, sets in (("td3bc", config.sets), ("iql", config.sets[:1] if config.iql else ())):
+    for agent, sets in agents.items():
         for arm in ARMS:
             returns = {
                 name: trained(config, name, arm, agent=agent, coefficient=chosen if arm == "guided" else None)
                 for name in sets
             }
-            if returns:
-                scores[f"{agent} {arm}"] = {
-                    n: normalised(v, low=bounds[n][0], high=bounds[n][1]) for n, v in returns.items()
-                }
-                return_rows.append(row(agent, arm, *(spread(returns[n]) if n in returns else "–" for n in config.sets)))
+            scores[f"{agent} {arm}"] = {
+                n: normalised(v, low=bounds[n][0], high=bounds[n][1]) for n, v in returns.items()
+            }
+            return_rows.append(row(agent, arm, *(spread(returns[n]) if n in returns else "–" for n in config.sets)))
     pooled = []
-    for agent in ("td3bc", "iql"):
+    for agent in agents:
         for other in ("real", "unguided", "autoregressive"):
-            if f"{agent} guided" in scores:
-                a, b = scores[f"{agent} guided"], scores[f"{agent} {other}"]
-                interval = pooled_interval(iqm_difference, a, b)
-                pooled.append(row(agent, f"guided − {other}", f"{interquartile_mean(a):.1f}", f"{interquartile_mean(b):.1f}", f"{iqm_difference(a, b):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"))  # fmt: skip
+            a, b = scores[f"{agent} guided"], scores[f"{agent} {other}"]
+            interval = pooled_interval(iqm_difference, a, b)
+            pooled.append(row(agent, f"guided − {other}", f"{interquartile_mean(a):.1f}", f"{interquartile_mean(b):.1f}", f"{iqm_difference(a, b):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"))  # fmt: skip
     text = "\n\n".join(
         [
             f"{config.seeds} seeds, {config.updates:,} updates, hidden {config.hidden}, {config.trajectories} trajectories of {config.model.length} steps a "

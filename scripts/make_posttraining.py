@@ -11,11 +11,12 @@ goes on with supervised training for the same time. On test episodes, which noth
 - how each ranks policies of another lineage on one of the tasks (`worldline rank --against` the model as it was).
 
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md. What takes hours
-here is deepened on a bigger machine with the same command and more --tasks, --seeds or --minutes.
+here is deepened on a bigger machine with the same command and more --tasks, --seeds, --minutes or --jobs.
 """
 
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 from result_tables import number, row, table
-from stages import pace, record, seconds_a_step, train
+from stages import pace, record, seconds_a_step, together, train
 
 from worldline.checkpoint import load_config
 from worldline.commands.dreaming import Evaluate, run_eval
@@ -76,6 +77,8 @@ class MakePosttraining:
     """Of the success scorer that ranks."""
     rl: PosttrainSettings = field(default_factory=lambda: PosttrainSettings(check_every=20, patience=99))
     """Its iterations are those that fit into --rl-minutes."""
+    jobs: int = 1
+    """Trainings at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
 
 
 def prepare(config: MakePosttraining) -> None:
@@ -84,6 +87,16 @@ def prepare(config: MakePosttraining) -> None:
         record(config.out / task / "test", f"metaworld/{task}", config.tests, policy="mixed", seed=1000)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=config.tokenizer_steps)
     train(tokenizer, tokenizer.TrainTokenizer(data=real(config), out=config.out / "tok", loop=loop))
+    if config.ranked is not None:
+        record(config.out / config.ranked / "demonstrations", f"metaworld/{config.ranked}", 27, policy="expert", seed=3)
+        together(config.jobs, [partial(clone, config.out / config.ranked, name) for name in CLONES])
+
+
+def clone(home: Path, name: str) -> Path:
+    """A policy to be ranked."""
+    episodes, steps, seed = CLONES[name]
+    settings = policy.TrainPolicy(data=(home / "demonstrations",), out=home / name, episodes=episodes)
+    return train(policy, replace(settings, loop=LoopConfig(steps=steps, batch_size=64, lr=1e-3, seed=seed)))
 
 
 def real(config: MakePosttraining) -> tuple[Path, ...]:
@@ -112,24 +125,32 @@ def pretraining(config: MakePosttraining, seed: int) -> tuple[Any, Any]:
     return module, build(**data, model=replace(preset["model"], text="hashed"), loop=replace(preset["loop"], seed=seed))
 
 
+def pretrain(config: MakePosttraining, seed: int) -> Path:
+    module, settings = pretraining(config, seed)
+    return timed(module, settings, config.minutes)
+
+
+INVERSE: dict[str, tuple[Any, Any]] = {"reward": ("first", "conv"), "judge": ("second", "transformer")}
+
+
+def learn_inverse(config: MakePosttraining, seed: int, name: str) -> Path:
+    """The one that rewards, or the one that judges."""
+    half, architecture = INVERSE[name]
+    out = config.out / f"{name}{seed}"
+    settings = inverse.TrainInverse(data=real(config), tokenizer=config.out / "tok", out=out, half=half)
+    model, loop = replace(settings.model, architecture=architecture), replace(settings.loop, seed=seed)
+    return timed(inverse, replace(settings, model=model, loop=loop), config.inverse_minutes)
+
+
 def inverses(config: MakePosttraining, seed: int) -> dict[str, Path]:
-    """The one that rewards and the one that judges."""
-    found = {}
-    for name, half, architecture in (("reward", "first", "conv"), ("judge", "second", "transformer")):
-        settings = inverse.TrainInverse(
-            data=real(config), tokenizer=config.out / "tok", out=config.out / f"{name}{seed}"
-        )
-        learns: Any = {"half": half, "model": replace(settings.model, architecture=architecture)}
-        settings = replace(settings, **learns, loop=replace(settings.loop, seed=seed))
-        found[name] = timed(inverse, settings, config.inverse_minutes)
-    return found
+    return {name: config.out / f"{name}{seed}" for name in INVERSE}
 
 
-def posttraining(config: MakePosttraining, seed: int, begun: Path, judges: dict[str, Path]) -> Posttrain:
+def posttraining(config: MakePosttraining, seed: int) -> Posttrain:
     rl = replace(config.rl, seed=seed)
     return Posttrain(
-        world_model=begun,
-        **judges,
+        world_model=config.out / f"pretrained{seed}",
+        **inverses(config, seed),
         data=real(config),
         out=config.out / f"rlir{seed}",
         rl=rl,
@@ -148,19 +169,29 @@ def seconds_an_iteration(settings: Posttrain) -> float:
     return pace(run, settings.out, (1, 3))
 
 
-def arms(config: MakePosttraining, seed: int) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The world models of a seed, and its inverse models."""
+def post_train(config: MakePosttraining, seed: int) -> Path:
+    settings = posttraining(config, seed)
+    iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(settings)))
+    if not (settings.out / "report.json").is_file():
+        run_posttrain(replace(settings, rl=replace(settings.rl, iterations=iterations)))
+    return settings.out
+
+
+def supervise(config: MakePosttraining, seed: int) -> Path:
+    """The control: it goes on at a third of the rates, which cool down to nothing again."""
     module, settings = pretraining(config, seed)
-    begun = timed(module, settings, config.minutes)
-    judges = inverses(config, seed)
-    rlir = posttraining(config, seed, begun, judges)
-    iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(rlir)))
-    if not (rlir.out / "report.json").is_file():
-        run_posttrain(replace(rlir, rl=replace(rlir.rl, iterations=iterations)))
-    # it goes on at a third of the rates, which cool down to nothing again
     loop = replace(settings.loop, lr=settings.loop.lr / 3, muon_lr=settings.loop.muon_lr / 3)
-    control = replace(settings, out=config.out / f"supervised{seed}", init_from=begun, loop=loop)
-    return {"pretrained": begun, "supervised": timed(module, control, config.rl_minutes), "rlir": rlir.out}, judges
+    control = replace(settings, out=config.out / f"supervised{seed}", init_from=settings.out, loop=loop)
+    return timed(module, control, config.rl_minutes)
+
+
+def arms(config: MakePosttraining) -> dict[int, dict[str, Path]]:
+    """The world models of each seed."""
+    seeds = range(config.seeds)
+    first = [partial(pretrain, config, seed) for seed in seeds]
+    together(config.jobs, [*first, *(partial(learn_inverse, config, seed, name) for seed in seeds for name in INVERSE)])
+    together(config.jobs, [partial(part, config, seed) for seed in seeds for part in (post_train, supervise)])
+    return {seed: {arm: config.out / f"{arm}{seed}" for arm in ARMS} for seed in seeds}
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -179,25 +210,29 @@ def tests_of(config: MakePosttraining, begun: Path) -> Replays:
 @torch.no_grad()
 def agreement(folder: Path, judge: Path, replays: Replays, *, dreams: bool = True) -> np.ndarray:
     """The judge's agreement in each test episode, dreamt from its first frame, or as the tokenizer shows it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, seeing = load_world_model(folder)
     reader = InverseModel.from_pretrained(judge)
+    for module in (model, seeing, reader):
+        module.to(device)  # pyright: ignore[reportAttributeAccessIssue]
     found = []
     for rows in torch.arange(len(replays.poses)).split(20):
-        clip = clip_of(replays, seeing, rows)
+        clip = clip_of(replays, seeing, rows, device)
         latents = dict(clip.frames)
         if dreams:
             count = clip.actions.shape[1] // model.spec.chunk * model.spec.chunk
             clip = replace(clip, actions=clip.actions[:, :count])
             _, made = model.imagine(model.observe(opening(clip)), clip.actions, seeds=rows + 7919)
             latents = {c: torch.cat([clip.frames[c][:, :1].to(z), z], 1) for c, z in made.latents.items()}
-        found.append(reader.agreement(seeing.decode(latents), clip.actions).mean(1))
+        found.append(reader.agreement(seeing.decode(latents), clip.actions).mean(1).cpu())
     return torch.cat(found).numpy()
 
 
-def clip_of(replays: Replays, seeing: Tokenizer, rows: torch.Tensor) -> Clip:
-    frames = seeing.encode({c: x[rows] for c, x in replays.frames.items()})
+def clip_of(replays: Replays, seeing: Tokenizer, rows: torch.Tensor, device: str) -> Clip:
+    frames = seeing.encode({c: x[rows].to(device) for c, x in replays.frames.items()})
     told = tuple(replays.instruction[int(i)] for i in rows)
-    return Clip(frames=frames, poses=replays.poses[rows], actions=replays.actions[rows], instruction=told)
+    poses, actions = replays.poses[rows].to(device), replays.actions[rows].to(device)
+    return Clip(frames=frames, poses=poses, actions=actions, instruction=told)
 
 
 def evaluated(config: MakePosttraining, folder: Path) -> dict[str, Any]:
@@ -213,10 +248,6 @@ def ranked(config: MakePosttraining, seed: int, made: dict[str, Path]) -> list[s
     if config.ranked is None:
         return []
     home, world = config.out / config.ranked, f"metaworld/{config.ranked}"
-    record(home / "demonstrations", world, 27, policy="expert", seed=3)
-    for name, (count, steps, begin) in CLONES.items():
-        loop = LoopConfig(steps=steps, batch_size=64, lr=1e-3, seed=begin)
-        train(policy, policy.TrainPolicy(data=(home / "demonstrations",), out=home / name, episodes=count, loop=loop))
     judge = scorer.TrainScorer(
         data=(home / "data",),
         out=home / f"success{seed}",
@@ -318,16 +349,18 @@ def main(config: MakePosttraining) -> None:
     torch.set_num_threads(1)
     prepare(config)
     sections: dict[str, list[str]] = {"audit": [], "following": [], "pictures": [], "ranking": []}
-    paces = []
-    for seed in range(config.seeds):
-        made, judges = arms(config, seed)
+    paces, made_by = [], arms(config)
+    together(config.jobs, [partial(evaluated, config, folder) for made in made_by.values() for folder in made.values()])
+    ranks = together(config.jobs, [partial(ranked, config, seed, made) for seed, made in made_by.items()])
+    for seed, made in made_by.items():
+        judges = inverses(config, seed)
         replays = tests_of(config, made["pretrained"])
         sections["audit"] += audits(judges, seed)
         sections["following"] += following(made, judges, replays, seed)
         sections["pictures"] += pictures(config, made, seed)
-        sections["ranking"] += ranked(config, seed, made)
+        sections["ranking"] += ranks[seed]
         report = report_results(made["rlir"])
-        took = seconds_an_iteration(posttraining(config, seed, made["pretrained"], judges))
+        took = seconds_an_iteration(posttraining(config, seed))
         paces.append(
             f"Seed {seed}: {len(report['history'])} iterations of {took:.1f} CPU seconds; published: iteration {report['best_iteration']}; "
             f"stopped because {report['stopped']}."

@@ -1,12 +1,14 @@
 """Steps that the table-making scripts share: record once, train once, count what a training step costs."""
 
 import json
+import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bench_train import gflop
@@ -19,6 +21,7 @@ from worldline.trainers.world_model import TrainWorldModel
 from worldline.types import Clip, WorldSpec
 from worldline.worldmodels import AutoregressiveWorldModel
 
+T = TypeVar("T")
 TIMED = (4, 16)  # steps of the two short runs whose difference says what a step costs
 
 
@@ -28,6 +31,22 @@ def record(out: Path, world: str, episodes: int, **options: Any) -> Path:
         print(f"recording {out}", flush=True)
         run_record(Record(world=world, out=out, episodes=episodes, **options))
     return out
+
+
+def together(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What independent calls give, `jobs` of them at a time in processes of their own; 1: one after another, in this one.
+
+    The calls are functions of modules (`functools.partial`), so that another process can be told them. Where one fails, the others
+    go on to their end, so that what they keep is kept, and then its error is raised.
+    """
+    if jobs == 1 or len(calls) < 2:
+        return [call() for call in calls]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(jobs, len(calls)), mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        begun = [pool.submit(call) for call in calls]
+    return [one.result() for one in begun]
 
 
 def train(module: Any, config: Any) -> Path:

@@ -511,5 +511,6 @@ def test_help_into_a_closed_pipe_is_quiet() -> None:
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["train"], ["train", "policy", "--help"], ["rank", "--help"]])
 def test_help(worldline: Run, words: list[str]) -> None:
+    touched = torch.cuda.is_initialized()
     said = worldline(*words)
-    assert said.code == 0 and "usage:" in said.out and not torch.cuda.is_initialized()
+    assert said.code == 0 and "usage:" in said.out and torch.cuda.is_initialized() == touched

@@ -88,6 +88,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["imagined"], "nothing is left beside it"
 
 
+def test_a_folder_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    walked = walks(5, 4)
+    written = write_minari(walked, Path("data/walks"))
+    assert equal(read_minari(written), walked) and not written.is_absolute()
+
+
 def test_without_provenance_and_range(tmp_path: Path) -> None:
     """A task that bounds nothing, of which nothing is known."""
     spec = control_spec("open", 2, low=(-float("inf"),), high=(float("inf"),), rate_hz=1.0)

@@ -55,7 +55,11 @@ def test_two_processes_equal_one_with_the_same_batches(kind, dots, patches, tmp_
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "program.py"]
     root = Path(__file__).parents[2]
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [*command, kind, str(dots), str(patches), str(tmp_path)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,

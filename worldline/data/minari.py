@@ -109,7 +109,8 @@ def write_minari(
     _require_chains(trajectories)
     action = trajectories.spec.action
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))  # hidden: Minari does not list it
+    # hidden: Minari does not list it; absolute: its get_size does not find files by a relative path
+    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent.resolve()))
     try:
         whole = staging / folder.name
         whole.mkdir()

@@ -87,12 +87,16 @@ class DynamicsEnsemble(nn.Module):
 
     def loss(self, data: Trajectories, rows: Int[Tensor, "e n"]) -> Float[Tensor, ""]:
         """Mean over members of the negative log-likelihood of recorded steps, each member's own, and the cross entropy of their ends."""
-        observations, actions = data.observations[rows], data.actions[rows]
-        change = torch.cat([data.next_observations[rows] - observations, data.rewards[rows][..., None]], -1)
+        device = self.change_mean.device
+        observations, actions, after, rewards, terminated = (
+            x[rows].to(device)
+            for x in (data.observations, data.actions, data.next_observations, data.rewards, data.terminated)
+        )
+        change = torch.cat([after - observations, rewards[..., None]], -1)
         target = (change - self.change_mean) / self.change_std
         mean, log_variance, logit = self._foretell(observations, actions)
         nll = 0.5 * ((target - mean).square() * (-log_variance).exp() + log_variance).mean()
-        return nll + F.binary_cross_entropy_with_logits(logit, data.terminated[rows].to(logit))
+        return nll + F.binary_cross_entropy_with_logits(logit, terminated.to(logit))
 
     @torch.no_grad()
     def step(

@@ -16,15 +16,14 @@ _WORTH_COMPILING = 2000  # steps; compiling takes a minute or two of one core
 
 @runtime_checkable
 class FastTraining(Protocol):
-    """A model that says what Muon and torch.compile may take of it."""
+    """A model that says what Muon and torch.compile may take of it.
+
+    Its submodule `network` is the part whose `forward` is worth compiling; every training step calls it with the same shapes. It is no
+    member of this protocol, because from Python 3.12 on `isinstance` does not see a module's submodules.
+    """
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights that map one hidden vector to another: no embeddings, no output heads."""
-        ...
-
-    @property
-    def network(self) -> nn.Module:
-        """The part whose `forward` is worth compiling; every training step calls it with the same shapes."""
         ...
 
 
@@ -70,6 +69,6 @@ def should_compile(config: "LoopConfig", device: str) -> bool:
 
 def compile_network(model: nn.Module) -> None:
     """Compile in place: names and weights stay as they are. Models that name no network are left alone."""
-    if isinstance(model, FastTraining):
+    if isinstance(model, FastTraining) and isinstance(model, nn.Module):
         log.info("compiling the network: the first step takes a minute or two (--loop.compile no leaves it out)")
-        model.network.compile(dynamic=False)
+        model.get_submodule("network").compile(dynamic=False)

@@ -282,7 +282,7 @@ def main(config: MakeOfflineRL) -> None:
     plain = [
         partial(trained, config, name, arm, agent=agent) for agent, name in wanted for arm in ARMS if arm != "guided"
     ]
-    together(config.jobs, [*plain, *choosing])
+    together(config.jobs, [*choosing, *plain])
     tried = {c: trained(config, first, "guided", coefficient=c, starts=CHOOSING) for c in config.choose}
     chosen = max(tried, key=lambda c: interquartile_mean({first: tried[c]}))
     guided = [partial(trained, config, name, "guided", agent=agent, coefficient=chosen) for agent, name in wanted]

@@ -395,6 +395,6 @@ class TensorState:
 
     def where(self, mask: Bool[Tensor, " n"], other: "TensorState") -> "TensorState":
         def pick(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
+            return torch.where(mask.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
         return TensorState(tensors={k: pick(other.tensors[k], v) for k, v in self.tensors.items()}, rows=self.rows)

@@ -57,7 +57,7 @@ def ask(
     else:
         made, actions = _dreamt(dream, model, whole, mode, seed, guide, guidance)
         dreamt = dream.tokenizer.decode(made)
-        columns[f"imagined ({mode})"] = {c: torch.cat([frames[c][:, :1], x], 1)[0] for c, x in dreamt.items()}
+        columns[f"imagined ({mode})"] = {c: torch.cat([frames[c][:, :1], x.cpu()], 1)[0] for c, x in dreamt.items()}
     write_mp4(out, video_grid(columns), dream.spec.fps)
     if actions is None:
         return {}

@@ -125,8 +125,7 @@ class VideoActionPolicy(nn.Module):
 
     def _now(self, observation: Observation) -> Known:
         """The frame that is now, and nothing before it."""
-        device, cameras = self.model.device, [c.name for c in self.spec.cameras]
-        latents = self.tokenizer.encode({c: observation.images[c][:, None].to(device) for c in cameras})
+        latents = self.tokenizer.encode({c.name: observation.images[c.name][:, None] for c in self.spec.cameras})
         empty = torch.zeros(len(observation), 0, self.spec.control_steps, self.spec.action.dim)
         return self.model.known(
             Clip(frames=latents, poses=observation.pose[:, None], actions=empty, instruction=observation.instruction)

@@ -77,7 +77,7 @@ class Tokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, frames: Mapping[str, UInt8[Tensor, "b t c _h _w"]]) -> dict[str, Float[Tensor, "b t c2 _h _w"]]:
-        """Raw latents of uint8 frames, camera by camera."""
+        """Raw latents of uint8 frames, camera by camera, on the tokenizer's device wherever the frames are."""
         latents = {}
         for name, video in frames.items():
             camera = self._camera(name)
@@ -87,7 +87,7 @@ class Tokenizer(nn.Module, ABC):
                 )
             parts = [
                 self.encode_images(self._pad(to_images(part), camera))
-                for part in video.flatten(0, 1).split(self._chunk(camera))
+                for part in self._here(video).flatten(0, 1).split(self._chunk(camera))
             ]
             latents[name] = torch.cat(parts).unflatten(0, tuple(video.shape[:2]))
         return latents
@@ -100,10 +100,15 @@ class Tokenizer(nn.Module, ABC):
             camera = self._camera(name)
             parts = [
                 to_uint8(self.decode_images(part)[..., : camera.height, : camera.width])
-                for part in z.flatten(0, 1).split(self._chunk(camera))
+                for part in self._here(z).flatten(0, 1).split(self._chunk(camera))
             ]
             frames[name] = torch.cat(parts).unflatten(0, tuple(z.shape[:2]))
         return frames
+
+    def _here(self, x: Tensor) -> Tensor:
+        """On the device of the weights; where there are none, where it is."""
+        weights = next(self.parameters(), None)
+        return x if weights is None else x.to(weights.device)
 
     def _chunk(self, camera: CameraSpec) -> int:
         return max(1, _CHUNK_PIXELS // (camera.height * camera.width))

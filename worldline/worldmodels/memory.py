@@ -91,7 +91,7 @@ class MemoryBank:
 
     def where(self, mask: Bool[Tensor, " n"], other: "MemoryBank") -> "MemoryBank":
         def pick(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
+            return torch.where(mask.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
         return MemoryBank(
             poses=pick(other.poses, self.poses),

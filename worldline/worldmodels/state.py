@@ -42,7 +42,7 @@ class StreamState:
         def pick(old: Any, new: Any) -> Any:
             if isinstance(old, MemoryBank):
                 return old.where(mask, new)
-            return torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
+            return torch.where(mask.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
         return self._each(pick, other)
 

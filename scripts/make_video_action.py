@@ -75,6 +75,8 @@ class MakeVideoAction:
     """In the simulator, a task."""
     frames: int = 41
     tokenizer_steps: int = 1500
+    planned: int = 30
+    """Of those, planned: a decision dreams every candidate, and an episode takes 20 seconds where the policy alone takes 1."""
     candidates: int = 8
     """Chunks tried at each decision of a planning policy."""
     beyond: int = 8
@@ -135,12 +137,14 @@ def trained(config: MakeVideoAction, arm: str, seed: int) -> Path:
 # --- policies ---------------------------------------------------------------------------------------------------------
 
 
-def successes(config: MakeVideoAction, folder: Path, seed: int, judge: Path | None = None) -> dict[str, np.ndarray]:
+def successes(
+    config: MakeVideoAction, folder: Path, seed: int, episodes: int, judge: Path | None = None
+) -> dict[str, np.ndarray]:
     """Task -> true success of episodes, the same starts for every policy. With a scorer (`judge`) a unified one plans in its own dream."""
     found = {}
     for task in config.tasks:
         spec = LeRobotDataset(config.out / task / "demonstrations").spec
-        settings = truth_settings(task, spec, episodes=config.episodes, frames=config.frames, seed=70 + seed)
+        settings = truth_settings(task, spec, episodes=episodes, frames=config.frames, seed=70 + seed)
         acts: Policy = load_policy(str(folder), spec=spec)
         known = identity_of(str(folder), acts)
         if judge is not None:
@@ -155,7 +159,7 @@ def successes(config: MakeVideoAction, folder: Path, seed: int, judge: Path | No
 
 def policy_tables(config: MakeVideoAction, seed: int) -> list[str]:
     """Of all policies, and of the better design planning."""
-    won = {arm: successes(config, trained(config, arm, seed), seed) for arm in (*CLONED, *UNIFIED)}
+    won = {arm: successes(config, trained(config, arm, seed), seed, config.episodes) for arm in (*CLONED, *UNIFIED)}
     rows = []
     for arm, by_task in won.items():
         every = np.concatenate(list(by_task.values()))
@@ -172,19 +176,24 @@ def policy_tables(config: MakeVideoAction, seed: int) -> list[str]:
         )
     head = f"| policy, seed | {' | '.join(config.tasks)} | all | - bc | - diffusion | - without the video |"
     best = max(UNIFIED, key=lambda arm: np.concatenate(list(won[arm].values())).mean())
-    judge = trained(config, "scorer", seed)
-    planned = successes(config, trained(config, best, seed), seed, judge)
-    rows_of_plans = [
-        row(
-            f"{name}, {seed}",
-            *(rate(by_task[task]) for task in config.tasks),
-            rate(np.concatenate(list(by_task.values()))),
-        )
-        for name, by_task in ((best, won[best]), (f"{best}, best of {config.candidates}", planned))
+    return [table(head, rows), *planning_tables(config, best, seed)]
+
+
+def planning_tables(config: MakeVideoAction, best: str, seed: int) -> list[str]:
+    """The policy alone and with its chunks first tried in its own dream, from the same starts."""
+    judge, folder = trained(config, "scorer", seed), trained(config, best, seed)
+    by_name = {
+        best: successes(config, folder, seed, config.planned),
+        f"{best}, best of {config.candidates}": successes(config, folder, seed, config.planned, judge),
+    }
+    every = {name: np.concatenate(list(by_task.values())) for name, by_task in by_name.items()}
+    rows = [
+        row(f"{name}, {seed}", *(rate(by_task[task]) for task in config.tasks), rate(every[name]))
+        for name, by_task in by_name.items()
     ]
-    pair = [np.concatenate(list(x.values())) for x in (planned, won[best])]
-    plans = table(f"| policy, seed | {' | '.join(config.tasks)} | all |", rows_of_plans)
-    return [table(head, rows), plans, f"Planning - alone: {gain(pair[0], pair[1])}"]
+    plans = table(f"| policy, seed, {config.planned} episodes a task | {' | '.join(config.tasks)} | all |", rows)
+    alone, planned = every.values()
+    return [plans, f"Planning - alone: {gain(planned, alone)}"]
 
 
 # --- forward and inverse ----------------------------------------------------------------------------------------------

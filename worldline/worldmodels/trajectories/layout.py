@@ -101,6 +101,16 @@ class Layout(nn.Module):
             terminal[..., 0] > THRESHOLD,
         )
 
+    def transitions(self, windows: Windows) -> Float[Tensor, "n t m"]:
+        """Of every step the observation, the action's place and the next observation, normalised. After a terminal step comes its own
+        observation, as in `as_trajectories`; after a window's last step too, of which nobody knows what follows."""
+        seen = windows.observations
+        following = torch.cat([seen[:, 1:], seen[:, -1:]], 1)
+        following = torch.where(windows.terminal[..., None], seen, following)
+        mean, std = self.mean[: self.o], self.std[: self.o]
+        place = ((windows.actions - self.centre) / self.radius).clamp(-1, 1)
+        return torch.cat([(seen - mean) / std, place, (following - mean) / std], -1)
+
     def slope(self, z: Float[Tensor, "n t d"]) -> Float[Tensor, "n t a"]:
         """d action / d normalised number, of every action dimension: the chain rule of `unpack`."""
         part = slice(self.o, self.o + self.a)

@@ -24,7 +24,7 @@ from worldline.errors import WorldlineError
 from worldline.types import WorldSpec
 from worldline.worldmodels.trajectories.config import Guidance, TrajectoryConfig, TrajectorySolver
 from worldline.worldmodels.trajectories.layout import Layout, Windows, as_trajectories
-from worldline.worldmodels.trajectories.networks import TemporalTransformer, TemporalUNet
+from worldline.worldmodels.trajectories.networks import RewardReader, TemporalTransformer, TemporalUNet
 
 PART, KIND = "trajectory-model", "trajectory-diffusion"
 SIGMA_DATA = 1.0
@@ -51,18 +51,27 @@ class TrajectoryDiffusion(nn.Module):
             self.network: nn.Module = TemporalUNet(width, config.width, config.depth)
         else:
             self.network = TemporalTransformer(width, config.width, config.depth, config.heads, config.length)
+        self.reader = RewardReader(2 * self.layout.o + self.layout.a) if config.rewards == "read" else None
         self.path = EDMPath(largest=config.sigmas.high, rho=config.rho)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, windows: Windows, generator: torch.Generator | None = None) -> Float[Tensor, ""]:
-        """EDM's weighted squared error of the denoised steps (equation 8), 1 for a network that answers nothing."""
+        """EDM's weighted squared error of the denoised steps (equation 8), and the squared error of the rewards read off clean transitions if
+        they are. Each is 1 for a network that answers nothing; they share no weights."""
         clean = self.layout.pack(windows)
         sigma = self.config.sigmas.sample((len(clean),), generator).to(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         level = self.path.level(sigma)
         denoised = self.denoise(add_noise(self.path, clean, noise, level), level)
-        return (loss_weight(sigma, SIGMA_DATA)[:, None, None] * (denoised - clean).square()).mean()
+        error = (loss_weight(sigma, SIGMA_DATA)[:, None, None] * (denoised - clean).square()).mean()
+        if self.reader is None:
+            return error
+        known = windows.terminal.clone()
+        known[:, :-1] = True  # of the last step the next observation is not known, unless it is terminal
+        reward = self.layout.o + self.layout.a
+        read = self.reader(self.layout.transitions(windows))[..., 0]
+        return error + (read - clean[..., reward])[known].square().mean()
 
     def denoise(self, x: Float[Tensor, "n t d"], level: Float[Tensor, " n"]) -> Float[Tensor, "n t d"]:
         """The clean trajectory to be expected behind a noised one, both normalised."""
@@ -149,7 +158,14 @@ class TrajectoryDiffusion(nn.Module):
             correct=move if by is not None and by.on == "denoised" else None,
         )
         self._require_near(z, by)
-        return self.layout.unpack(z)
+        made = self.layout.unpack(z)
+        return made if self.reader is None else made._replace(rewards=self._rewards(made))
+
+    def _rewards(self, windows: Windows) -> Float[Tensor, "n t"]:
+        """What the transitions earn, in physical units; that of the last step, whose next observation is not known, counts for nothing."""
+        assert self.reader is not None
+        at = self.layout.o + self.layout.a
+        return self.reader(self.layout.transitions(windows))[..., 0] * self.layout.std[at] + self.layout.mean[at]
 
     def _moved(self, z: Tensor, guidance: Guidance, score: ScoreFunction, step: int, steps: int) -> Tensor:
         """Normalised trajectories after one step's guidance: only their actions have moved."""

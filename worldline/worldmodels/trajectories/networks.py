@@ -44,6 +44,21 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + h
 
 
+class RewardReader(nn.Sequential):
+    """The normalised reward of transitions, by their numbers (`Layout.transitions`)."""
+
+    def __init__(self, numbers: int, width: int = 256) -> None:
+        super().__init__(
+            nn.Linear(numbers, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
+
+
 class TemporalUNet(nn.Module):
     """Convolutions over time at `depth` resolutions, each of half the steps and twice the width."""
 

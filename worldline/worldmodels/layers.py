@@ -65,8 +65,8 @@ class QKV(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.heads)
-        q = F.rms_norm(q, q.shape[-1:], self.scale[0])
-        k = F.rms_norm(k, k.shape[-1:], self.scale[1])
+        q = F.rms_norm(q, q.shape[-1:], self.scale[0].to(q))
+        k = F.rms_norm(k, k.shape[-1:], self.scale[1].to(k))
         return q, k, v
 
 

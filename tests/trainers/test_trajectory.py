@@ -32,7 +32,7 @@ def test_a_trained_checkpoint_samples_and_says_what_it_learned_from(tmp_path, da
     assert made.spec == model.spec == SPEC and len(made) == 3
     about = read_json(out / "config.json")["provenance"]
     assert about["data"] == [str(data)] and about["transitions"] == wander(60).steps
-    assert 0.5 < about["held_out_loss"] < 1.5
+    assert 1.0 < about["held_out_loss"] < 3.0  # of steps and of rewards, each 1 for a network that answers nothing
     assert model.layout.mean[0] != 0 and float(model.layout.reach.max()) < 20
 
 

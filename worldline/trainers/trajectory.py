@@ -87,7 +87,7 @@ class _TrajectoryStage:
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
-        """The loss on held-out episodes, with the same noise every time; 1 is a network that answers nothing."""
+        """The loss on held-out episodes, with the same noise every time."""
         if self.held_out is None or self.checked is None:
             return {}
         device = next(model.parameters()).device

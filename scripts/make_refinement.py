@@ -8,10 +8,11 @@ successes among them, and implicit Q-learning. All act in the simulator from the
 scorer learn from scripted episodes and from rollouts of a policy of another lineage, never of the refined one.
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
 
-What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds or --budget.
+What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds, --budget or --jobs.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import tyro
 from result_tables import row, table
 from scipy.stats import binomtest
-from stages import record, train, truth_settings
+from stages import record, together, train, truth_settings
 from statsmodels.stats.multitest import multipletests
 
 from worldline.commands.outputs import report_results
@@ -65,6 +66,8 @@ class MakeRefinement:
     frames: int = 41
     """Of an episode, in the dream and in the simulator."""
     rl: RefineSettings = field(default_factory=RefineSettings)
+    jobs: int = 1
+    """Tasks and seeds at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
 
 
 def steps(config: MakeRefinement, base: int) -> int:
@@ -181,6 +184,12 @@ def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path
     return out
 
 
+def cell(config: MakeRefinement, task: str, seed: int) -> dict[str, np.ndarray]:
+    """One task and seed from world model to true success."""
+    torch.manual_seed(0)
+    return judge(config, task, seed, arms(config, task, seed))
+
+
 def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -> dict[str, np.ndarray]:
     """True success of every arm's episodes, from the same starts."""
     home = config.out / task
@@ -256,12 +265,10 @@ def curve_rows(config: MakeRefinement) -> list[str]:
 
 
 def main(config: MakeRefinement) -> None:
-    torch.manual_seed(0)
-    won: dict[str, dict[str, np.ndarray]] = {}
-    for task in config.tasks:
-        prepare(config, task)
-        for seed in range(config.seeds):
-            won[f"{task}, {seed}"] = judge(config, task, seed, arms(config, task, seed))
+    together(config.jobs, [partial(prepare, config, task) for task in config.tasks])
+    cells = [(task, seed) for task in config.tasks for seed in range(config.seeds)]
+    found = together(config.jobs, [partial(cell, config, *one) for one in cells])
+    won = {f"{task}, {seed}": made for (task, seed), made in zip(cells, found)}
     rows = [
         row(cell, *(rate(made[name]) for name in ARMS), *(gain(made[name], made["cloned"]) for name in ARMS[1:3]))
         for cell, made in won.items()

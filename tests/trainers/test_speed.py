@@ -1,5 +1,6 @@
 """Muon takes the matrices it is made for, AdamW all the rest; long runs are compiled (bench_train.py checks parity)."""
 
+import inspect
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded
 from tests.trainers.test_loop import CONFIG, ToyStage
 from worldline.data.normalization import RobustNormalizer
 from worldline.trainers.loop import LoopConfig, train
-from worldline.trainers.speed import build_optimizers, should_compile
+from worldline.trainers.speed import FastTraining, build_optimizers, should_compile
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 
 TOKENIZER = dot_tokenizer()
@@ -37,6 +38,14 @@ def test_every_weight_is_trained_once_and_muon_sees_only_hidden_matrices(model):
     matrices = {names[id(p)] for p in of[1]}
     assert all(name.startswith("network.blocks.") and name.endswith(".weight") for name in matrices)
     assert {"network.blocks.0.mlp.up.weight", "network.blocks.0.time_out.weight"} <= matrices
+
+
+def test_what_muon_asks_for_is_seen_by_isinstance_of_every_python(model):
+    """From 3.12 on `isinstance` looks a protocol's members up statically, where a module's submodules are not found."""
+    members = [name for name in vars(FastTraining) if not name.startswith("_")]
+    assert members == ["hidden_matrices"] and inspect.getattr_static(model, members[0])
+    with pytest.raises(AttributeError):
+        inspect.getattr_static(model, "network")
 
 
 def test_a_muon_step_turns_every_direction_alike(model):

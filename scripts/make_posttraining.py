@@ -43,6 +43,8 @@ from worldline.types import Clip
 from worldline.worldmodels import load_world_model
 
 ARMS = ("pretrained", "supervised", "rlir")
+# half of the episodes and architecture of the inverse models
+INVERSE: dict[str, tuple[Any, Any]] = {"reward": ("first", "conv"), "judge": ("second", "transformer")}
 HORIZONS = (5, 10, 20, 40)
 # demonstrations, steps, seed of the policies to rank; corrupted ones share a training
 CLONES = {"bc20": (20, 600, 0), "bc5": (5, 300, 1), "bc2": (2, 200, 2)}
@@ -129,9 +131,6 @@ def pretraining(config: MakePosttraining, seed: int) -> tuple[Any, Any]:
 def pretrain(config: MakePosttraining, seed: int) -> Path:
     module, settings = pretraining(config, seed)
     return timed(module, settings, config.minutes)
-
-
-INVERSE: dict[str, tuple[Any, Any]] = {"reward": ("first", "conv"), "judge": ("second", "transformer")}
 
 
 def learn_inverse(config: MakePosttraining, seed: int, name: str) -> Path:

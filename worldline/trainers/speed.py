@@ -69,6 +69,6 @@ def should_compile(config: "LoopConfig", device: str) -> bool:
 
 def compile_network(model: nn.Module) -> None:
     """Compile in place: names and weights stay as they are. Models that name no network are left alone."""
-    if isinstance(model, FastTraining) and isinstance(model, nn.Module):
+    if isinstance(model, FastTraining):
         log.info("compiling the network: the first step takes a minute or two (--loop.compile no leaves it out)")
         model.get_submodule("network").compile(dynamic=False)

@@ -93,7 +93,7 @@ class TrajectoryConfig:
     """Diffuse atanh of an action's place in its range (the paper's), not the place itself."""
     rewards: Literal["read", "diffused"] = "read"
     """read: by a network of its own off each sampled transition (not in the paper): a diffused reward is blurred where the true one jumps, as at
-    the edge of a goal, and policies then stop short of it. diffused: a number of the step like any other (the paper's)."""
+    the edge of a goal, and policies are paid for passing by. diffused: a number of the step like any other (the paper's)."""
     rho: float = 7.0
     solver: TrajectorySolver = field(default_factory=TrajectorySolver)
 

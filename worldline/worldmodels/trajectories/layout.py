@@ -85,10 +85,8 @@ class Layout(nn.Module):
     def pack(self, windows: Windows) -> Float[Tensor, "n t d"]:
         """Physical steps as normalised numbers."""
         seen = windows.observations
-        following = torch.cat([seen[:, 1:], seen[:, -1:]], 1)  # what comes after a window is not known: it stays
-        return (
-            self._numbers(windows.actions, windows.rewards, windows.terminal, seen, following) - self.mean
-        ) / self.std
+        raw = self._numbers(windows.actions, windows.rewards, windows.terminal, seen, _following(windows))
+        return (raw - self.mean) / self.std
 
     def unpack(self, z: Float[Tensor, "n t d"]) -> Windows:
         """Normalised numbers as physical steps: actions within their range, terminal by the threshold."""
@@ -102,11 +100,8 @@ class Layout(nn.Module):
         )
 
     def transitions(self, windows: Windows) -> Float[Tensor, "n t m"]:
-        """Of every step the observation, the action's place and the next observation, normalised. After a terminal step comes its own
-        observation, as in `as_trajectories`; after a window's last step too, of which nobody knows what follows."""
-        seen = windows.observations
-        following = torch.cat([seen[:, 1:], seen[:, -1:]], 1)
-        following = torch.where(windows.terminal[..., None], seen, following)
+        """Of every step the observation, the action's place and the next observation, normalised."""
+        seen, following = windows.observations, _following(windows)
         mean, std = self.mean[: self.o], self.std[: self.o]
         place = ((windows.actions - self.centre) / self.radius).clamp(-1, 1)
         return torch.cat([(seen - mean) / std, place, (following - mean) / std], -1)
@@ -141,6 +136,12 @@ class Layout(nn.Module):
         return torch.linalg.solve(system, both).permute(2, 1, 0).to(observations)
 
 
+def _following(windows: Windows) -> Float[Tensor, "n t o"]:
+    """The next observation of every step. After a terminal step there is none, and after a window's last step nobody knows it: it stays."""
+    seen = windows.observations
+    return torch.where(windows.terminal[..., None], seen, torch.cat([seen[:, 1:], seen[:, -1:]], 1))
+
+
 def gather(data: Trajectories, rows: Int[Tensor, "n t"]) -> Windows:
     """The steps named, as windows."""
     return Windows(data.observations[rows], data.actions[rows], data.rewards[rows], data.terminated[rows])
@@ -156,13 +157,11 @@ def as_trajectories(windows: Windows, spec: WorldSpec, provenance: tuple[Mapping
     ends = windows.terminal.any(1)
     end = torch.where(ends, windows.terminal.int().argmax(1) + 1, torch.full((n,), t - 1))  # transitions of each
     inside = torch.arange(t) < end[:, None]
-    following = torch.cat([windows.observations[:, 1:], windows.observations[:, -1:]], dim=1)
-    following = torch.where((windows.terminal & inside)[..., None], windows.observations, following)
     parts = {
         "observations": windows.observations,
         "actions": windows.actions,
         "rewards": windows.rewards,
-        "next_observations": following,
+        "next_observations": _following(windows),
         "terminated": windows.terminal & inside,
     }
     return Trajectories(spec=spec, lengths=end, provenance=provenance, **{name: x[inside] for name, x in parts.items()})

@@ -4,7 +4,8 @@
 
 For every task and seed: a policy cloned from few demonstrations; the same after PPO in the frozen world model; after fine-tuning on
 imagined successes; and two controls that are given the real episodes the world model learned from, and no dream: cloning of the
-successes among them, and implicit Q-learning. All act in the simulator from the same starts, which no training saw. World model and
+successes among them ("filtered-bc"), and implicit Q-learning. Last the first control after PPO in the dream: what a dream adds to
+the best that real data give without one. All act in the simulator from the same starts, which no training saw. World model and
 scorer learn from scripted episodes and from rollouts of a policy of another lineage, never of the refined one.
 Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
 
@@ -13,6 +14,7 @@ What takes hours here is deepened on a bigger machine with the same command and 
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ from worldline.trainers import offline, policy, scorer, tokenizer, world_model
 from worldline.trainers.loop import LoopConfig
 from worldline.trainers.refinement import RefineSettings
 
-ARMS = ("cloned", "refined", "fine-tuned", "filtered-bc", "iql")
+ARMS = ("cloned", "refined", "fine-tuned", "filtered-bc", "iql", "filtered-bc, refined")
+CONTROLS = ("filtered-bc", "iql")
+REFINED = {"cloned": "refined", "filtered-bc": "filtered-bc-refined"}  # folder of what PPO made of an arm
 PERSIST = 2  # frames that success must hold, as the scorers' rule
 
 
@@ -122,21 +126,7 @@ def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
     train(world_model, settings)
     train_scorer(config, task, seed)
     cloned = clone(config, home / "demonstrations", home / f"cloned{seed}", seed=seed)
-    refined = home / f"refined{seed}"
-    if not (refined / "report.json").is_file():
-        run_refine(
-            Refine(
-                policy=cloned,
-                world_model=judges[0],
-                scorer=judges[1],
-                data=real(home),
-                out=refined,
-                rl=replace(config.rl, seed=seed, frames=config.frames, iterations=steps(config, config.rl.iterations)),
-                override_audit=True,
-                truth=f"metaworld/{task}",
-                truth_episodes=config.test_episodes // 2,
-            )
-        )
+    refined = refine(config, task, seed, cloned, home / f"{REFINED['cloned']}{seed}")
     imagined = imagine(config, home, cloned, judges, seed)
     tune = LoopConfig(steps=config.policy_steps, batch_size=64, lr=5e-4, seed=seed)
     tuned = policy.TrainPolicy(
@@ -152,13 +142,35 @@ def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
         data=real(home), out=home / f"filtered-bc{seed}", init_from=cloned, demonstrations="success", loop=longer
     )
     iql = offline.TrainOffline(data=real(home), out=home / f"iql{seed}", init_from=cloned, loop=longer)
+    filtered_bc = train(policy, filtered)
     return {
         "cloned": cloned,
         "refined": refined,
         "fine-tuned": cloned if imagined is None else train(policy, tuned),
-        "filtered-bc": train(policy, filtered),
+        "filtered-bc": filtered_bc,
         "iql": train(offline, iql),
+        "filtered-bc, refined": refine(config, task, seed, filtered_bc, home / f"{REFINED['filtered-bc']}{seed}"),
     }
+
+
+def refine(config: MakeRefinement, task: str, seed: int, start: Path, out: Path) -> Path:
+    """`start` after PPO in the dream of the task and seed; imagined and true success at every check are kept beside it."""
+    home = config.out / task
+    if not (out / "report.json").is_file():
+        run_refine(
+            Refine(
+                policy=start,
+                world_model=home / f"wm{seed}",
+                scorer=home / f"success{seed}",
+                data=real(home),
+                out=out,
+                rl=replace(config.rl, seed=seed, frames=config.frames, iterations=steps(config, config.rl.iterations)),
+                override_audit=True,
+                truth=f"metaworld/{task}",
+                truth_episodes=config.test_episodes // 2,
+            )
+        )
+    return out
 
 
 def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path, Path], seed: int) -> Path | None:
@@ -247,14 +259,15 @@ def curve_rows(config: MakeRefinement) -> list[str]:
     """Imagined against true success along each refinement."""
     rows = []
     for task in config.tasks:
-        for seed in range(config.seeds):
-            report = report_results(config.out / task / f"refined{seed}")
+        for seed, started in product(range(config.seeds), REFINED):
+            report = report_results(config.out / task / f"{REFINED[started]}{seed}")
             for r in report["truth"]["checked"]:
                 published = " (published)" if r["iteration"] == report["best_iteration"] else ""
                 low, high = r["true_interval"]
                 rows.append(
                     row(
                         f"{task}, {seed}",
+                        started,
                         f"{r['iteration']}{published}",
                         f"{r['imagined']:.2f}",
                         f"{r['true']:.2f} [{low:.2f}, {high:.2f}]",
@@ -276,9 +289,9 @@ def main(config: MakeRefinement) -> None:
     summary: list[str] = []
     for name in ARMS[1:]:
         against: list[Any] = [mean_gain([(made[name], made["cloned"]) for made in won.values()])]
-        for control in ("filtered-bc", "iql"):
-            cells = [(made[name], made[control]) for made in won.values()]
-            against.append("–" if name in ("filtered-bc", "iql") else mean_gain(cells))
+        for control in CONTROLS:
+            pairs = [(made[name], made[control]) for made in won.values()]
+            against.append("–" if name in CONTROLS else mean_gain(pairs))
         worse = losses({cell: (made[name], made["cloned"]) for cell, made in won.items()})
         summary.append(row(name, *against, worse))
     sections = [
@@ -286,7 +299,7 @@ def main(config: MakeRefinement) -> None:
         table(f"| task, seed | {' | '.join(ARMS)} | refined - cloned | fine-tuned - cloned |", rows),
         table("| mean gain over tasks and seeds | on cloned | on filtered BC | on IQL | significant losses |", summary),
         table(
-            "| task, seed | iteration | imagined success | true success | true failures that the dream calls a success |",
+            "| task, seed | started from | iteration | imagined success | true success | true failures that the dream calls a success |",
             curve_rows(config),
         ),
     ]

@@ -250,6 +250,9 @@ class Denoiser:
     def require_traceable(self, steps):
         pass
 
+    def traced_chunk(self):
+        return 1
+
     def sample_traced(self, seen, actions, *, seeds, steps=1, eta=1.0):
         noise, mean = row_noise(seeds, 0, 0, (3,)), self._mean((seen, actions)).detach()
         x = torch.stack([noise, mean[0] + self.std * row_noise(seeds, 0, 1, (3,))])

@@ -292,13 +292,13 @@ class TracedWorldModel(WorldModel, Protocol):
     """Stochastic paths with exact log-probabilities, differentiated also through what the weights made of what was `seen`."""
 
     def require_traceable(self, steps: int) -> None: ...  # raises `SpecMismatch`
+    def traced_chunk(self) -> int: ...  # frames that are denoised together: a dream is traced in whole chunks of them
 
     def sample_traced(
         self, seen: Clip, actions: Float[Tensor, "n f k a"], *, seeds: Int[Tensor, " n"], steps: int, eta: float
     ) -> Trace: ...
 
     def trace_means(self, trace: Trace) -> Float[Tensor, "s n *x"]: ...  # of each step, by the weights as they are
-
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]: ...
 
     def dreamt(self, trace: Trace) -> Imagination: ...

@@ -26,6 +26,7 @@ from worldline.worldmodels.video_action import (
 )
 from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.queries import Roles, draw_roles
+from worldline.worldmodels.video_action.state import Dreamt
 from worldline.worldmodels.video_action.tokens import Draw
 
 H, F = 2, 3
@@ -35,7 +36,7 @@ SMALL = {"trunk": TrunkConfig(width=64, depth=2, heads=4, patch=1, registers=2),
 def build(design: str, **options) -> VideoActionModel:
     torch.manual_seed(0)
     clip = dot_clip(64, 4, 5)
-    settings = SMALL | {"head_width": 64, "head_depth": 2, "solver_steps": 1} | options
+    settings = SMALL | {"head_width": 64, "head_depth": 2, "solver_steps": 1, "action_steps": 1} | options
     return VideoActionModel(
         VideoActionConfig(design=design, **settings),
         replace(SPEC, latent=dot_tokenizer().latent_spec),
@@ -214,6 +215,64 @@ def test_frames_are_imagined_in_chunks_as_trained(model):
         chunked.imagine(state, actions[:, :2], seeds=torch.arange(2))
 
 
+def test_frames_one_at_a_time_are_imagined_from_the_same_known_frame(model):
+    """Up to `span` of them, by all blocks since; then from the last imagined one."""
+    seen, actions, seeds = clip_of(2, 1), torch.rand(2, F + 1, 2, 2), torch.arange(2)
+    _, made = model.imagine(model.observe(seen), actions, seeds=seeds)
+    for i in range(F):
+        whole = model.sample(seen, FORWARD.first(i + 1, F), seeds=seeds, actions=actions[:, : i + 1])
+        assert torch.allclose(made.latents["top"][:, i], whole.latents["top"][:, i], atol=1e-5)
+        assert torch.allclose(made.poses[:, i], whole.poses[:, i], atol=1e-5)
+    short = model.with_sampling(span=1)
+    state, one = short.imagine(short.observe(seen), actions[:, :1], seeds=seeds)
+    assert torch.allclose(one.latents["top"][:, 0], made.latents["top"][:, 0], atol=1e-5)
+    _, two = short.imagine(state, actions[:, 1:2], seeds=seeds)
+    assert not torch.allclose(two.latents["top"][:, 0], made.latents["top"][:, 1], atol=1e-3)
+
+
+def test_rows_of_a_dream_may_be_reset_apart(model):
+    """Each begins its spans where it begins."""
+    seen, actions, seeds = clip_of(2, 1), torch.rand(2, 5, 2, 2), torch.arange(2)
+    start = model.observe(seen)
+    state, _ = model.imagine(start, actions[:, :2], seeds=seeds)
+    mixed = state.where(torch.tensor([False, True]), start)
+    _, both = model.imagine(mixed, actions[:, 2:], seeds=seeds)
+    _, going = model.imagine(state, actions[:, 2:], seeds=seeds)
+    _, begun = model.imagine(start, actions[:, 2:], seeds=seeds)
+    for row, alone in ((0, going), (1, begun)):
+        assert torch.allclose(both.latents["top"][row], alone.latents["top"][row], atol=1e-5)
+
+
+def test_a_dream_knows_the_arm_as_training_does(model):
+    """Its motion, and to where commands have added up: of frames imagined and of the same frames seen."""
+    seen, actions, seeds = clip_of(2, 1), torch.rand(2, 4, 2, 2), torch.arange(2)
+    for chunked in (model, model.with_sampling(chunk=2)):
+        state, made = chunked.imagine(chunked.observe(seen), actions, seeds=seeds)
+        poses = torch.cat([seen.poses, made.poses], 1)
+        frames = {c: torch.cat([z, made.latents[c]], 1) for c, z in seen.frames.items()}
+        known = model.known(replace(seen, frames=frames, poses=poses, actions=actions))
+        dreamt = Dreamt.of(state).known
+        for name in ("motion", "aim", "poses", "count"):
+            assert torch.allclose(getattr(dreamt, name).float(), getattr(known, name).float(), atol=1e-5), name
+    lead = replace(clip_of(2, 4), lead=2, led=torch.tensor([2, 0]))
+    known = model.known(lead)
+    assert known.count.tolist() == [2, 2] and not known.aim[1].equal(known.aim[0])
+    cut = replace(lead, lead=0, led=None, frames={c: z[1:, 2:] for c, z in lead.frames.items()},
+                  poses=lead.poses[1:, 2:], actions=lead.actions[1:, 2:], instruction=lead.instruction[1:])  # fmt: skip
+    assert torch.allclose(model.known(cut).aim[0], known.aim[1]) and torch.allclose(
+        model.known(cut).motion[0], known.motion[1]
+    )
+
+
+def test_only_given_blocks_foretell_the_pose(model):
+    known, tokens, blocks = model.known(clip_of(2, 1)), model.network.tokens, torch.rand(2, F, 4)
+    roles = {name: QUERIES[name].at(F).rows(2) for name in QUERIES}
+    for name, of in roles.items():
+        foretold, told = tokens.foretold(known, blocks, of)
+        stays = torch.allclose(foretold, known.poses[:, -1:].expand(-1, F, -1))
+        assert stays == (name != "forward") and bool(told.all()) == (name == "forward")
+
+
 def test_what_training_knows_of_a_start_is_what_a_dream_knows(model):
     """One frame seen: the rest of history is masked, whatever it holds."""
     clip = clip_of(2, 2)
@@ -277,8 +336,10 @@ FAST = {"uwm": (350, {"frame_levels": LevelDistribution(clean=0.1, pure=0.8, low
 
 def learn(design: str, *, cut: bool = False) -> VideoActionModel:
     steps, options = FAST[design]
-    model = build(design, shares={"forward": 0.7, "inverse": 0.3}, **options)
     if cut:  # the action path: what a block says reaches nothing
+        options = options | {"guess_width": 0}
+    model = build(design, shares={"forward": 0.7, "inverse": 0.3}, **options)
+    if cut:
         torch.nn.init.zeros_(model.network.tokens.action.weight)
         model.network.tokens.action.weight.requires_grad_(False)
     return fit(model, lambda step: clip_of(24, H + F, 1000 + step), steps=steps, lr=3e-3)

@@ -101,9 +101,9 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
             f"world-model, or video-action of design uwm), got {type(model).__name__}"
         )
     model.require_traceable(config.rl.grpo.solver_steps)
-    if config.rl.grpo.frames % model.spec.chunk:
+    if config.rl.grpo.frames % model.traced_chunk():
         raise SpecMismatch(
-            f"--rl.grpo.frames: whole chunks of {model.spec.chunk} frames are required by this world model, got {config.rl.grpo.frames}"
+            f"--rl.grpo.frames: whole chunks of {model.traced_chunk()} frames are required by this world model, got {config.rl.grpo.frames}"
         )
     reward, judge = (InverseModel.from_pretrained(folder) for folder in (config.reward, config.judge))
     for name, inverse in (("reward", reward), ("judge", judge)):

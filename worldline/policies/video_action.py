@@ -43,7 +43,7 @@ class VideoActionPolicy(nn.Module):
 
     def with_options(self, **options: float | int) -> "VideoActionPolicy":
         """With other `steps`, `execute` or `warm`. Raises `PolicyError` for what the model's training does not allow."""
-        names = {"steps": "solver_steps", "execute": "execute", "warm": "warm_level"}
+        names = {"steps": "action_steps", "execute": "execute", "warm": "warm_level"}
         changes = {names[k]: v if k == "warm" else int(v) for k, v in options.items()}
         try:
             return VideoActionPolicy(self.model.with_sampling(**changes), self.tokenizer)
@@ -79,8 +79,8 @@ class VideoActionPolicy(nn.Module):
         n, model = len(observation), self.model
         query, zeros = POLICY.at(model.config.horizon), torch.zeros(n, dtype=torch.long)
         blocks = noise.unflatten(1, (model.config.horizon, -1)).to(model.device)
-        draw = Draw(seeds=zeros, frame=zeros, steps=model.config.solver_steps, noise=blocks)
-        made = model.answer(self._now(observation), model.given(query, n), query, draw)
+        draw = Draw(seeds=zeros, frame=zeros, steps=model.config.action_steps, noise=blocks)
+        made = model.answer(self._now(observation), model.given(query, n), query.rows(n), draw)
         return self._emit(made.actions)
 
     def reset(self, n: int) -> TensorState:
@@ -104,8 +104,8 @@ class VideoActionPolicy(nn.Module):
 
         def decide(plan: Tensor | None) -> Tensor:
             frame = torch.zeros(n, dtype=torch.long)
-            draw = Draw(seeds=seeds, frame=frame, steps=model.config.solver_steps, plan=plan)
-            return model.answer(known, given, query, draw).actions
+            draw = Draw(seeds=seeds, frame=frame, steps=model.config.action_steps, plan=plan)
+            return model.answer(known, given, query.rows(n), draw).actions
 
         begins = (held["count"] == 0).to(model.device)  # rows without a plan from before
         warm = model.config.warm_level < 1 and not bool(begins.all())

@@ -20,9 +20,10 @@ from worldline.trainers.inputs import (
     load_finished_tokenizer,
     open_datasets,
     share,
+    strided_numbers,
 )
 from worldline.trainers.loop import LoopConfig, train
-from worldline.trainers.world_model import imagined_errors
+from worldline.trainers.world_model import WHOLE, imagined_errors
 from worldline.types import Clip, WorldSpec, require_match
 from worldline.worldmodels.video_action import INVERSE, POLICY, TrunkConfig, VideoActionConfig, VideoActionModel
 from worldline.worldmodels.video_action.config import VIDEO_ONLY
@@ -77,7 +78,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model": _model(128, 4, 4, head_width=128, head_depth=2, head_draws=2),
             "loop": LoopConfig(
-                steps=4000, batch_size=16, lr=1.5e-3, optimizer="muon", muon_lr=3e-3, ema=0.995, cooldown=0.4
+                steps=4000, batch_size=16, lr=1e-3, optimizer="muon", muon_lr=2e-3, ema=0.995, cooldown=0.4
             ),
         },
     ),
@@ -224,7 +225,9 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         "device": device,
         "progress": progress,
     }
-    batches = _Batches(LatentBatches(training, tokenizer, starts=config.starts, **options), blind)
+    # the poses and commands that came before tell how the arm moves
+    lead = WHOLE if settings.guess_width and config.stage == "joint" else 0
+    batches = _Batches(LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options), blind)
     if model is None:
         acting = _acting([s for s, unseen in zip(training, blind) if config.stage == "video" or not unseen])
         if not acting:
@@ -235,6 +238,7 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         torch.manual_seed(config.loop.seed)
         actions, poses = fit_normalizers(acting)
         model = VideoActionModel(settings, batches.spec, action_normalizer=actions, pose_normalizer=poses)
+        model.fit_aims(strided_numbers(acting, config.stride))
     stage = _VideoActionStage(
         model, batches, _Batches(LatentBatches(held_out, tokenizer, **options), held_out_blind), tokenizer
     )
@@ -264,7 +268,7 @@ def _trained(
     require_match(
         strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields
     )
-    sizes = ("design", "trunk", "history", "horizon", "text", "head_width", "head_depth")
+    sizes = ("design", "trunk", "history", "horizon", "text", "head_width", "head_depth", "guess_width", "aim")
     if different := [
         f"  model.{name}: {getattr(model.config, name)!r} required, got {getattr(settings, name)!r}"
         for name in sizes

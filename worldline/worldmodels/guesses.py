@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 STEP = 0.1  # about what a normalised pose changes by in a frame
@@ -154,3 +155,8 @@ def motion_of(pose: Tensor, before: Tensor, action: Tensor) -> Tensor:
     The first pose of a clip is its own `before` and its action is zeros: what moved it is not known.
     """
     return torch.cat([pose, pose - before, action], dim=-1)
+
+
+def pose_miss(guessed: Tensor, true: Tensor) -> Tensor:
+    """ "b t", what guessed poses "b t p" miss. Contacts move an arm as it cannot foresee: they must not rule what it learns."""
+    return F.smooth_l1_loss(guessed / STEP, true / STEP, beta=0.2, reduction="none").mean(2)

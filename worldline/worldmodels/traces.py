@@ -18,6 +18,10 @@ class TracedSampling:
 
     tracing: ClassVar[Any]
 
+    def traced_chunk(self: Any) -> int:
+        """Frames that are denoised together: a dream is traced in whole chunks of them."""
+        return self.spec.chunk
+
     def require_traceable(self, steps: int, eta: float = 1.0) -> None:
         """Raises `SpecMismatch` if sampling by so many steps has no known log-probability, `ValueError` for an eta or levels out of range."""
         require_stochastic(steps, eta)

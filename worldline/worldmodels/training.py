@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from worldline.diffusion import add_noise, linear_path
@@ -24,7 +23,7 @@ from worldline.types import Clip
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
 from worldline.worldmodels.experts import Routing
-from worldline.worldmodels.guesses import STEP, PoseGuess, motion_of
+from worldline.worldmodels.guesses import PoseGuess, motion_of, pose_miss
 from worldline.worldmodels.memory import Memories, recall_in_training
 from worldline.worldmodels.ports import FrameBatch
 from worldline.worldmodels.transformer import Prediction, SpaceTimeTransformer, teacher_forcing_mask
@@ -154,7 +153,7 @@ class Training:
         guesses = {c: error(z, c).mean() for c, z in made.guesses.views.items()}
         loss = loss + _mean(guesses)
         if made.guesses.pose is not None:
-            miss = _pose_miss(made.guesses.pose, poses[:, 1:])
+            miss = pose_miss(made.guesses.pose, poses[:, 1:])
             guesses["pose"] = miss.mean() if told is None else _mean_where(miss, told, empty=0.0)
             loss = loss + guesses["pose"]
             if config.own_history:  # and from its own guesses: errors that add up frame by frame are small in any one
@@ -185,7 +184,7 @@ class Training:
         motion = None
         if begin:
             motion = motion_of(poses[:, 0], whole.poses[:, begin - 1], whole.actions[:, begin - 1])
-        missed = _pose_miss(guess.follow(poses, actions, aims, first, motion), poses[:, 1:])
+        missed = pose_miss(guess.follow(poses, actions, aims, first, motion), poses[:, 1:])
         there = torch.arange(missed.shape[1], device=poses.device) >= first[:, None]
         return _mean_where(missed, there if whole.acted is None else there & whole.acted[:, None], empty=0.0)
 
@@ -278,11 +277,6 @@ class Training:
         return recall_in_training(
             noised, there, whole.poses, level, led.to(device), query, config.memory, config.window
         )
-
-
-def _pose_miss(guessed: Tensor, true: Tensor) -> Tensor:
-    """ "b t". Contacts move an arm as it cannot foresee: they must not rule what it learns."""
-    return F.smooth_l1_loss(guessed / STEP, true / STEP, beta=0.2, reduction="none").mean(2)
 
 
 def _mean(errors: Mapping[str, Tensor]) -> Tensor:

@@ -46,17 +46,19 @@ class VideoActionConfig:
     horizon: int = 4  # coming frames, and action blocks that lead to them
     # what training asks for, by the queries' names; rows whose actions are unknown are asked for video
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"policy": 0.25, "forward": 0.3, "inverse": 0.1, "video": 0.1, "joint": 0.25}
+        default_factory=lambda: {"policy": 0.2, "forward": 0.5, "inverse": 0.1, "video": 0.05, "joint": 0.15}
     )
     targets: Literal["dense", "end"] = "dense"  # end: of the coming frames only the last is there (UWM as published)
     # levels at which frames and actions are shown where they are asked for; drawn apart, so that joint training meets each with the
     # other clean, noisy and gone
-    frame_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.1, pure=0.7, low=0.02))
+    frame_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.05, pure=0.85, low=0.02))
     action_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.1, pure=0.5, low=0.02))
     history_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.5, high=0.3))
     max_weight: float = 1.0  # cap of the loss weight 1/level^2
-    pose_weight: float = 30.0
-    action_weight: float = 1.0
+    pose_weight: float = 2.0
+    action_weight: float = 0.3
+    guess_width: int = 256  # of the dense network that guesses where given blocks take the arm; 0: none
+    aim: bool = True  # it knows to where commands have added up, where they say how far to go
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
     # uva
     masked: tuple[float, float] = (0.7, 1.0)  # of the coming frames' places, so much is masked in training
@@ -64,8 +66,10 @@ class VideoActionConfig:
     head_depth: int = 3
     head_draws: int = 4  # levels at which a token is asked for, for one pass of the trunk
     # sampling
-    solver_steps: int = 4
+    solver_steps: int = 1  # where frames alone are asked for, as in a dream; 1: what may be expected
+    action_steps: int = 4  # where blocks are asked for
     chunk: int = 1  # frames that `imagine` makes at a time
+    span: int = 0  # frames imagined one at a time from the same known frame (`state`); 0: the horizon
     decode_rounds: int = 1  # uva: passes in which the places of a video are filled in
     warm_level: float = 1.0  # uwm, uva: where denoising of a chunk begins if there is a plan from before; 1: afresh
     execute: int = 0  # blocks of a chunk that a policy hands out before it is asked again; 0: all
@@ -85,6 +89,14 @@ class VideoActionConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.chunk <= self.horizon:
             raise ValueError(f"chunk: from 1 to {self.horizon} frames (the horizon) required, got {self.chunk}")
+        if self.guess_width < 0:
+            raise ValueError(f"guess_width must be at least 0, got {self.guess_width}")
+        if not 0 <= self.span <= self.horizon:
+            raise ValueError(f"span: from 0 (all) to {self.horizon} frames (the horizon) required, got {self.span}")
+        if self.targets == "end" and self.span > 1:
+            raise ValueError(
+                f"span: 1 required with targets='end', whose training never shows two coming frames, got {self.span}"
+            )
         if self.targets == "end" and self.chunk > 1:
             raise ValueError(
                 f"chunk: 1 required with targets='end', whose training never shows two coming frames, got {self.chunk}"
@@ -94,7 +106,8 @@ class VideoActionConfig:
         if not 0 < self.warm_level <= 1:
             raise ValueError(f"warm_level must be above 0 and at most 1, got {self.warm_level}")
         asked = [("solver_steps", self.frame_levels, x) for x in solver_levels(self.solver_steps)[:-1].tolist()]
-        asked += [("solver_steps", self.action_levels, x) for x in solver_levels(self.solver_steps)[:-1].tolist()]
+        both = self.frame_levels, self.action_levels
+        asked += [("action_steps", of, x) for of in both for x in solver_levels(self.action_steps)[:-1].tolist()]
         asked += [("warm_level", self.action_levels, x) for x in self.warm_levels[:-1].tolist()]
         for name, shown, level in asked:
             if not shown.contains(level):
@@ -105,6 +118,11 @@ class VideoActionConfig:
             raise ValueError(f"history_levels must hold level 0, at which history is given, got {self.history_levels}")
 
     @property
+    def reach(self) -> int:
+        """Frames imagined from one known frame: `span`, 0 meant."""
+        return self.span or (self.horizon if self.targets == "dense" else 1)
+
+    @property
     def warm_levels(self) -> torch.Tensor:
         """Those visited from a plan of before on."""
-        return self.warm_level * solver_levels(self.solver_steps)
+        return self.warm_level * solver_levels(self.action_steps)

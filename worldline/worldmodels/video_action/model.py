@@ -5,7 +5,7 @@ it imagines `chunk` frames a call from the last `history` frames, by the forward
 asked for, and what lies beyond is absent, as in training.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,25 @@ from worldline.errors import SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
 from worldline.types import Clip, Imagination, LatentSpec, TensorState, WorldSpec
 from worldline.worldmodels.autoregressive import body_of
+from worldline.worldmodels.doubled_pass import first_frames
+from worldline.worldmodels.guesses import PoseGuess
 from worldline.worldmodels.language import text_encoder
 from worldline.worldmodels.traces import TracedSampling
 from worldline.worldmodels.trajectories.config import Guidance
 from worldline.worldmodels.video_action import traced
 from worldline.worldmodels.video_action.config import VideoActionConfig
+from worldline.worldmodels.video_action.dreaming import next_chunk, next_frame
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.guided import steering
-from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, Role, Roles, draw_roles, video_alone
+from worldline.worldmodels.video_action.motion import Moves, guess_miss, moves_in
+from worldline.worldmodels.video_action.queries import Query, Role, Roles, draw_roles, video_alone
+from worldline.worldmodels.video_action.state import Dreamt
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known, led
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
 from worldline.worldmodels.video_action.uwm import UnifiedWorld
 
 KIND = "video-action"
-SAMPLING = ("solver_steps", "chunk", "decode_rounds")
+SAMPLING = ("solver_steps", "chunk", "span", "decode_rounds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +76,7 @@ class VideoActionModel(TracedSampling, nn.Module):
         body, encoder = body_of(spec), text_encoder(config.text)
         design = UnifiedWorld if config.design == "uwm" else UnifiedVideoAction
         text = 0 if encoder is None else encoder.dim
-        self.network = design(config, body.shapes, body.pose_dim, body.action_dim, text)
+        self.network = design(config, body, text)
 
     @property
     def latent_spec(self) -> LatentSpec:
@@ -82,31 +87,55 @@ class VideoActionModel(TracedSampling, nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def guess_pose(self) -> PoseGuess | None:
+        """What foretells where given blocks take the arm."""
+        return self.network.tokens.guess_pose
+
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the trunk's blocks: what Muon may train."""
         named = self.network.trunk.blocks.named_parameters()
         return [p for name, p in named if p.ndim == 2 and min(p.shape) > 2 and "modulation" not in name]
 
+    def fit_aims(self, episodes: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Before training: how far commands lead, from episodes of this robot, as poses "t p" and blocks "t-1 k a" in physical units."""
+        if self.guess_pose is not None:
+            self.guess_pose.fit_gain(
+                (self.pose_normalizer.normalize(p), self.action_normalizer.normalize(a).flatten(1)) for p, a in episodes
+            )
+
     # --- units --------------------------------------------------------------------------------------------------------
 
     def known(self, clip: Clip) -> Known:
-        """The last `history` frames of a clip of raw latents, in the network's units."""
+        """The last `history` frames of a clip of raw latents, in the network's units. All of it tells how the arm moves."""
         missing = sorted(c for c, there in clip.present.items() if not there.all())
         if missing or not set(self.latent_spec.shapes) <= set(clip.frames):
             missing = missing or sorted(set(self.latent_spec.shapes) - set(clip.frames))
             raise SpecMismatch(
                 f"cameras {sorted(self.latent_spec.shapes)} are required by this {KIND} model, {missing} are missing"
             )
-        h, t = self.config.history, clip.poses.shape[1]
-        there = {c: clip.frames[c][:, -h:].to(self.device, torch.float32) for c in self.latent_spec.shapes}
-        poses = self.pose_normalizer.normalize(clip.poses[:, -h:].to(self.device))
-        short = max(0, h - t)
+        return self._known_at(clip, self._moves(clip), clip.poses.shape[1] - 1)
+
+    def _known_at(self, clip: Clip, moves: Moves, now: int) -> Known:
+        """What is known at frame `now` of a clip."""
+        h, n = self.config.history, len(clip.poses)
+        seen, short = slice(max(0, now + 1 - h), now + 1), max(0, h - now - 1)
+        frames = {c: clip.frames[c][:, seen].to(self.device, torch.float32) for c in self.latent_spec.shapes}
         return Known(
-            frames={c: led(x, short) for c, x in whiten(there, self.latent_spec).items()},
-            poses=led(poses, short),
-            count=torch.full((len(poses),), min(t, h), device=self.device),
-            text=self._text(clip.instruction, len(poses)),
+            frames={c: led(x, short) for c, x in whiten(frames, self.latent_spec).items()},
+            poses=led(moves.poses[:, seen], short),
+            count=(now + 1 - first_frames(clip)).clamp(max=h).to(self.device),
+            motion=moves.motion[:, now],
+            aim=moves.aims[:, now],
+            text=self._text(clip.instruction, n),
         )
+
+    def _moves(self, clip: Clip) -> Moves:
+        """How the arm moves in a clip and its lead. Blocks that are not finite are taken as not known."""
+        self._check_size(clip.actions)
+        poses = self.pose_normalizer.normalize(clip.poses.to(self.device))
+        blocks = self.action_normalizer.normalize(clip.actions.to(self.device)).flatten(2)
+        return moves_in(self.guess_pose, poses, blocks, first_frames(clip).to(self.device))
 
     def _text(self, instruction: tuple[str, ...], n: int) -> Tensor | None:
         encoder = text_encoder(self.config.text)
@@ -120,58 +149,66 @@ class VideoActionModel(TracedSampling, nn.Module):
 
     def _blocks(self, actions: Tensor) -> Tensor:
         """Normalised flattened blocks "n f k*a". Raises `SpecMismatch` for blocks of another size or that are not finite."""
+        self._check_size(actions)
+        if not torch.isfinite(actions).all():
+            bad = int((~torch.isfinite(actions)).sum())
+            raise SpecMismatch(f"finite actions required, got NaN or infinity in {bad} of {actions.numel()} numbers")
+        return self.action_normalizer.normalize(actions.to(self.device)).flatten(2)
+
+    def _check_size(self, actions: Tensor) -> None:
         wanted = (self.spec.control_steps, self.spec.action.dim)
         if tuple(actions.shape[2:]) != wanted:
             raise SpecMismatch(
                 f"action blocks of {wanted[0]} control steps of {wanted[1]} dimensions ({', '.join(self.spec.action.names)}) required, "
                 f"got {tuple(actions.shape[2:])}"
             )
-        if not torch.isfinite(actions).all():
-            bad = int((~torch.isfinite(actions)).sum())
-            raise SpecMismatch(f"finite actions required, got NaN or infinity in {bad} of {actions.numel()} numbers")
-        return self.action_normalizer.normalize(actions.to(self.device)).flatten(2)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(
         self, clip: Clip, generator: torch.Generator | None = None, *, acted: Bool[Tensor, " b"] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a clip of raw latents with history + horizon frames, and detached metrics.
+        """Loss of a clip of raw latents with history + horizon frames after its lead, and detached metrics.
 
-        What is asked of each row, which of its frames are known, levels and noise are drawn on the CPU from `generator`.
+        What is asked of each row, which of its frames are known, levels and noise are drawn on the CPU from `generator`. How the arm
+        moves is known from all that came before, as in a dream.
 
         Args:
             acted: rows whose actions are known; the others are asked for video, and their actions are never looked at.
         """
         config, h, f = self.config, self.config.history, self.config.horizon
-        if clip.poses.shape[1] != h + f:
-            raise SpecMismatch(f"clips of {h + f} frames (history and horizon) required, got {clip.poses.shape[1]}")
+        if clip.poses.shape[1] != clip.lead + h + f:
+            got = clip.poses.shape[1] - clip.lead
+            raise SpecMismatch(f"clips of {h + f} frames (history and horizon) required, got {got}")
         n = len(clip.poses)
-        if acted is not None and not bool(acted.all()):
-            actions = torch.where(acted[:, None, None, None], clip.actions, torch.zeros(()))
-            clip = replace(clip, actions=actions)
+        if acted is None:
+            self._blocks(clip.actions)  # raises for what is not finite
+        elif not bool(acted.all()):
+            unknown = torch.full((), float("nan"))
+            clip = replace(clip, actions=torch.where(acted[:, None, None, None], clip.actions, unknown))
         # at the start of an episode less is known than `history` frames: so the frame that is now is one of the first h
-        now = int(torch.randint(h, (), generator=generator))
-        seen = replace(
-            clip,
-            frames={c: x[:, : now + 1] for c, x in clip.frames.items()},
-            poses=clip.poses[:, : now + 1],
-            actions=clip.actions[:, :now],
-        )
-        known = self.known(seen)
-        count = torch.randint(1, now + 2, (n,), generator=generator).to(self.device)
-        known = self._noisy(replace(known, count=count), generator)
+        now = clip.lead + int(torch.randint(h, (), generator=generator))
+        moves = self._moves(clip)
+        known = self._known_at(clip, moves, now)
+        fewer = (
+            1 + torch.rand(n, generator=generator).to(self.device) * known.count
+        ).long()  # a policy may have seen less
+        drawn = torch.rand(n, generator=generator).to(self.device) < 0.5
+        known = self._noisy(replace(known, count=torch.where(drawn, fewer, known.count)), generator)
         coming = {c: clip.frames[c][:, now + 1 : now + 1 + f].to(self.device, torch.float32) for c in known.frames}
         truth = Future(
             frames=whiten(coming, self.latent_spec),
-            poses=self.pose_normalizer.normalize(clip.poses[:, now + 1 : now + 1 + f].to(self.device)),
-            actions=self._blocks(clip.actions[:, now : now + f]),
+            poses=moves.poses[:, now + 1 : now + 1 + f],
+            actions=moves.actions[:, now : now + f],
         )
         roles = draw_roles(config.shares, n, f, generator, sparse=config.targets == "end")
         if acted is not None:
             roles = video_alone(roles, acted, sparse=config.targets == "end")
-        found = self._errors(known, truth, roles.to(self.device), generator)
-        return found.loss(config)
+        loss, metrics = self._errors(known, truth, roles.to(self.device), generator).loss(config)
+        if self.guess_pose is None:
+            return loss, metrics
+        missed = guess_miss(self.guess_pose, moves, known, now, f)
+        return loss + missed, metrics | {"guess_error": missed.detach()}
 
     def _errors(self, known: Known, truth: Future, roles: Roles, generator: torch.Generator | None) -> Errors:
         """Rows without frames and rows with some in two passes: the first are short."""
@@ -222,14 +259,19 @@ class VideoActionModel(TracedSampling, nn.Module):
             raise SpecMismatch(
                 f"a query of one coming frame at most is required by a model trained with targets='end', got {len(f)}: Query.first(1, ...)"
             )
-        steps = self.config.solver_steps if steps is None else replace(self.config, solver_steps=steps).solver_steps
+        config = self.config
+        if steps is not None:
+            config = replace(
+                config, solver_steps=steps, action_steps=steps
+            )  # raises for levels that training never showed
+        steps = config.action_steps if Role.DENOISED in query.actions else config.solver_steps
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
         at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
         draw = Draw(seeds=seeds, frame=at, steps=steps)
         if guidance is not None and score is not None:
             draw = replace(draw, steer=steering(self.physical, query, guidance, score, steps))
-        made = self.answer(known, given, query, draw)
+        made = self.answer(known, given, query.rows(len(seeds)), draw)
         g = [i for i, role in enumerate(query.actions) if role != Role.ABSENT]
         return VideoActions(
             latents=unwhiten({c: x[:, f] for c, x in made.frames.items()}, self.latent_spec),
@@ -241,20 +283,19 @@ class VideoActionModel(TracedSampling, nn.Module):
         """Normalised blocks "n g k*a" as actions "n g k a"."""
         return self.action_normalizer.denormalize(blocks.unflatten(2, (self.spec.control_steps, self.spec.action.dim)))
 
-    def answer(self, known: Known, given: Future, query: Query, draw: Draw) -> Future:
+    def answer(self, known: Known, given: Future, roles: Roles, draw: Draw) -> Future:
         """`sample` in the network's units."""
         draw = replace(draw, seeds=draw.seeds.to(self.device), frame=draw.frame.to(self.device))
         draw = replace(draw, warm=self.config.warm_level, rounds=self.config.decode_rounds)
-        return self.network.sample(known, given, query.rows(len(draw.seeds)).to(self.device), draw)
+        return self.network.sample(known, given, roles.to(self.device), draw)
 
     def given(
         self, query: Query, n: int, frames: Mapping[str, Tensor] | None = None, actions: Tensor | None = None
     ) -> Future:
         """What is given in the network's units, zeros elsewhere. Raises `SpecMismatch` for another number than the query's."""
         f, spec = self.config.horizon, self.latent_spec
-        width = self.spec.control_steps * self.spec.action.dim
         found = {c: torch.zeros(n, f, *shape, device=self.device) for c, shape in spec.shapes.items()}
-        blocks = torch.zeros(n, f, width, device=self.device)
+        blocks = torch.zeros(n, f, self.spec.control_steps * self.spec.action.dim, device=self.device)
         places = [i for i, role in enumerate(query.frames) if role == Role.GIVEN]
         got = {c: x.shape[1] for c, x in (frames or {}).items()}
         if places or got:
@@ -280,58 +321,36 @@ class VideoActionModel(TracedSampling, nn.Module):
     @torch.no_grad()
     def observe(self, clip: Clip) -> TensorState:
         """The last frames of real ones (raw latents "n t c h w", t >= 1) as a state. Raises `SpecMismatch` for a missing camera."""
-        return self._state(self.known(clip), torch.full((len(clip.poses),), clip.poses.shape[1] - 1))
-
-    def _state(self, known: Known, frame: Tensor) -> TensorState:
-        tensors = {f"frames/{c}": x for c, x in known.frames.items()}
-        tensors |= {"poses": known.poses, "count": known.count, "frame": frame.to(self.device)}
-        if known.text is not None:
-            tensors["text"] = known.text
-        return TensorState(tensors=tensors, rows=len(known.poses))
-
-    def known_of(self, state: TensorState) -> Known:
-        held = state.tensors
-        frames = {c: held[f"frames/{c}"] for c in self.latent_spec.shapes}
-        return Known(frames=frames, poses=held["poses"], count=held["count"], text=held.get("text"))
+        n, t = clip.poses.shape[:2]
+        return Dreamt.at(self.known(clip), torch.full((n,), t - 1), self.config.horizon).state()
 
     @torch.no_grad()
     def imagine(
         self, state: TensorState, actions: Float[Tensor, "n f k a"] | None, *, seeds: Int[Tensor, " n"]
     ) -> tuple[TensorState, Imagination]:
-        """The f frames that follow, `chunk` at a time. Actions in physical units; latents come back raw, poses in physical units.
+        """The f frames that follow. Actions in physical units; latents come back raw, poses in physical units.
 
-        Without actions one chunk of whatever may follow, by the video query. Raises `SpecMismatch` if f is not a multiple of the chunk.
+        With a chunk of 1 each in a pass of its own, up to `span` of them from the same known frame (`state`): how many frames are asked
+        for in a call makes no difference. With a longer chunk so many a pass, all from the frame before them; `SpecMismatch` is raised
+        if f is not a multiple of it. Without actions one chunk of whatever may follow, by the video query.
         """
-        chunk, horizon = self.config.chunk, self.config.horizon
-        query = (FORWARD if actions is not None else VIDEO).first(chunk, horizon)
+        chunk = self.config.chunk
         count = chunk if actions is None else actions.shape[1]
         if count % chunk:
             raise SpecMismatch(f"blocks in whole chunks of {chunk} required, got {count}")
-        frames: dict[str, list[Tensor]] = {c: [] for c in self.latent_spec.shapes}
-        poses = []
+        blocks = None if actions is None else self._blocks(actions)
+        dreamt, made = Dreamt.of(state), []
         for begin in range(0, count, chunk):
-            part = None if actions is None else actions[:, begin : begin + chunk]
-            known = self.known_of(state)
-            given = self.given(query, len(seeds), None, part)
-            draw = Draw(seeds=seeds, frame=state.tensors["frame"], steps=self.config.solver_steps)
-            made = self.answer(known, given, query, draw)
-            for c, x in made.frames.items():
-                frames[c].append(x[:, :chunk])
-            poses.append(made.poses[:, :chunk])
-            state = self.after(state, known, {c: x[:, :chunk] for c, x in made.frames.items()}, made.poses[:, :chunk])
-        latents = unwhiten({c: torch.cat(x, 1) for c, x in frames.items()}, self.latent_spec)
-        return state, Imagination(latents=latents, poses=self.pose_normalizer.denormalize(torch.cat(poses, 1)))
+            part = None if blocks is None else blocks[:, begin : begin + chunk]
+            dreamt, future = (next_frame if chunk == 1 else next_chunk)(self, dreamt, part, seeds)
+            made.append(future)
+        frames = {c: torch.cat([x.frames[c] for x in made], 1) for c in self.latent_spec.shapes}
+        poses = self.pose_normalizer.denormalize(torch.cat([x.poses for x in made], 1))
+        return dreamt.state(), Imagination(latents=unwhiten(frames, self.latent_spec), poses=poses)
 
-    def after(self, state: TensorState, known: Known, frames: Mapping[str, Tensor], poses: Tensor) -> TensorState:
-        """The state that knows these frames too, in the network's units."""
-        h, made = self.config.history, poses.shape[1]
-        grown = replace(
-            known,
-            frames={c: torch.cat([x, frames[c]], 1)[:, -h:] for c, x in known.frames.items()},
-            poses=torch.cat([known.poses, poses], 1)[:, -h:],
-            count=(known.count + made).clamp(max=h),
-        )
-        return self._state(grown, state.tensors["frame"] + made)
+    def traced_chunk(self) -> int:
+        """Frames that are denoised together where log-probabilities are wanted: all that are imagined from one known frame."""
+        return self.config.chunk if self.config.chunk > 1 else self.config.reach
 
     # --- storage ------------------------------------------------------------------------------------------------------
 
@@ -346,7 +365,7 @@ class VideoActionModel(TracedSampling, nn.Module):
 
     def with_sampling(self, **changes: Any) -> "VideoActionModel":
         """The same weights with other sampling settings, checked against training. Raises `ValueError`."""
-        if unknown := sorted(set(changes) - {*SAMPLING, "warm_level", "execute"}):
+        if unknown := sorted(set(changes) - {*SAMPLING, "action_steps", "warm_level", "execute"}):
             raise ValueError(f"sampling of a {KIND} model: some of {', '.join(SAMPLING)} required, got {unknown}")
         other = object.__new__(VideoActionModel)
         config = replace(self.config, **changes)

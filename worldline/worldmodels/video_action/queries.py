@@ -84,6 +84,13 @@ class Roles:
     def index(self, rows: Tensor) -> "Roles":
         return Roles(frames=self.frames[rows], actions=self.actions[rows])
 
+    def upto(self, count: Int[Tensor, " n"]) -> "Roles":
+        """The first so many frames and blocks of each row; those after them absent."""
+        beyond = torch.arange(self.frames.shape[1], device=count.device) >= count[:, None]
+        return Roles(
+            frames=self.frames.masked_fill(beyond, Role.ABSENT), actions=self.actions.masked_fill(beyond, Role.ABSENT)
+        )
+
     @property
     def with_frames(self) -> Tensor:
         """Rows "n" in which some frame has a token."""

@@ -6,7 +6,8 @@
 
 The pose token of a coming frame is there if the frame is asked for; of a given frame no pose is known, as of video found somewhere.
 A coming frame's tokens hold what is shown of it and, beside it, the current frame at the same place: what the network answers is the change
-from that, and an untrained network answers the current frame. What modulates them is the block that leads to them.
+from that, and an untrained network answers the current frame. What modulates them is the block that leads to them, and where all given
+blocks up to them take the arm, as a dense network foretells it (`worldmodels.guesses`).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldline.errors import SpecMismatch
+from worldline.worldmodels.guesses import STEP, PoseGuess
 from worldline.worldmodels.layers import cut
+from worldline.worldmodels.ports import Body
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.queries import Role, Roles
 
@@ -29,6 +32,8 @@ class Known:
     frames: Mapping[str, Tensor]  # camera -> "n h c h w", whitened
     poses: Tensor  # "n h p", normalised
     count: Tensor  # "n"
+    motion: Tensor  # "n p+p+k*a", of the arm now (`motion_of`)
+    aim: Tensor  # "n p", to where commands have added up by now (`PoseGuess`); "n 0" where they are not added up
     text: Tensor | None = None  # "n e"
     level: Tensor | None = None  # "n h", of noise on the frames; None: clean
 
@@ -37,6 +42,8 @@ class Known:
             frames={c: x[rows] for c, x in self.frames.items()},
             poses=self.poses[rows],
             count=self.count[rows],
+            motion=self.motion[rows],
+            aim=self.aim[rows],
             text=None if self.text is None else self.text[rows],
             level=None if self.level is None else self.level[rows],
         )
@@ -63,6 +70,18 @@ class Future:
             poses=other.poses,
             actions=torch.where(actions[..., None], self.actions, other.actions),
         )
+
+    def at(self, places: Tensor) -> "Future":
+        """One frame of each row, "n", and the block that leads to it: f = 1."""
+        rows = torch.arange(len(places), device=places.device)
+        frames = {c: x[rows, places][:, None] for c, x in self.frames.items()}
+        return Future(
+            frames=frames, poses=self.poses[rows, places][:, None], actions=self.actions[rows, places][:, None]
+        )
+
+    def first(self, count: int) -> "Future":
+        frames = {c: x[:, :count] for c, x in self.frames.items()}
+        return Future(frames=frames, poses=self.poses[:, :count], actions=self.actions[:, :count])
 
     def flat(self) -> Tensor:
         """All numbers of a row in one vector "n d"."""
@@ -112,6 +131,7 @@ class Sequence:
     begin: int  # where the coming frames' tokens begin
     frames: Tensor  # indices of the coming frames that have tokens
     actions: Tensor  # and of the blocks
+    foretold: Tensor  # "n f p", where given blocks take the arm
 
 
 class Tokens(nn.Module):
@@ -120,13 +140,11 @@ class Tokens(nn.Module):
     def __init__(
         self,
         config: VideoActionConfig,
-        shapes: Mapping[str, tuple[int, int, int]],
-        pose_dim: int,
-        action_dim: int,
+        body: Body,
         text_dim: int,
     ) -> None:
         super().__init__()
-        trunk = config.trunk
+        trunk, shapes, pose_dim = config.trunk, body.shapes, body.pose_dim
         width, self.patch, self.shapes, self.pose_dim = trunk.width, trunk.patch, dict(shapes), pose_dim
         self.history, self.horizon = config.history, config.horizon
         for camera, (_, h, w) in shapes.items():
@@ -140,24 +158,45 @@ class Tokens(nn.Module):
         self.seen = nn.ModuleDict({self.keys[c]: nn.Linear(cells[c], width) for c in shapes})
         self.coming = nn.ModuleDict({self.keys[c]: nn.Linear(2 * cells[c], width) for c in shapes})
         self.place = nn.ParameterDict({self.keys[c]: 0.5 * torch.randn(self.places[c], width) for c in shapes})
-        self.pose_seen, self.pose_coming = nn.Linear(pose_dim, width), nn.Linear(2 * pose_dim, width)
+        self.pose_seen, self.pose_coming = nn.Linear(pose_dim, width), nn.Linear(3 * pose_dim, width)
         self.pose_place = nn.Parameter(0.5 * torch.randn(width))
         self.time_seen = nn.Parameter(0.5 * torch.randn(self.history, width))
         self.time_coming = nn.Parameter(0.5 * torch.randn(self.horizon, width))
-        self.action = nn.Linear(action_dim, width)
+        self.action = nn.Linear(body.action_dim, width)
         self.time_action = nn.Parameter(0.5 * torch.randn(self.horizon, width))
         self.led_by = nn.Linear(width, width)
+        aims = config.aim and body.adds_up
+        guesses = config.guess_width and pose_dim
+        self.guess_pose = PoseGuess(config.guess_width, pose_dim, body.action_dim, aims=aims) if guesses else None
+        lands = nn.Sequential(nn.Linear(2 * pose_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.lands = lands if guesses else None
         self.registers = nn.Parameter(0.5 * torch.randn(trunk.registers, width))
         self.text = nn.Linear(text_dim, width) if text_dim else None
+
+    def init_weights(self) -> None:
+        """After the linear layers have theirs."""
+        if self.guess_pose is not None:
+            self.guess_pose.init_weights()
 
     @property
     def frame_size(self) -> int:
         """Tokens of one frame."""
         return sum(self.places.values()) + 1
 
-    def current(self, known: Known) -> tuple[dict[str, Tensor], Tensor]:
-        """The patches "n s cells" a camera and the pose "n p" of the current frame."""
-        return {c: cut(x[:, -1], self.patch) for c, x in known.frames.items()}, known.poses[:, -1]
+    def current(self, known: Known) -> dict[str, Tensor]:
+        """The patches "n s cells" of the current frame, by camera."""
+        return {c: cut(x[:, -1], self.patch) for c, x in known.frames.items()}
+
+    @torch.no_grad()
+    def foretold(self, known: Known, actions: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+        """Where the blocks "n f k*a" that are given take the arm, "n f p", and up to which frame that is known, "n f" bool: from there on
+        it is where it is now. By a network with a loss of its own (`model`), so without gradients."""
+        now = known.poses[:, -1:].expand(-1, self.horizon, -1)
+        told = (roles.actions == Role.GIVEN).cumprod(1).bool()
+        if self.guess_pose is None:
+            return now, torch.zeros_like(told)
+        led = follow_from(self.guess_pose, known, actions)
+        return torch.where(told[..., None], led, now), told
 
     def sequence(
         self,
@@ -180,9 +219,13 @@ class Tokens(nn.Module):
         in_frames, in_actions = roles.frames != Role.ABSENT, roles.actions != Role.ABSENT
         frames, actions = in_frames.any(0).nonzero().flatten(), in_actions.any(0).nonzero().flatten()
         blocks = self.action(shown.actions) + self.time_action + action_marks
+        foretold, told_of = self.foretold(known, shown.actions, roles)
         if len(frames):
             led = (self.led_by(blocks) * in_actions[..., None])[:, frames]
-            parts.append(self._coming(known, shown, frame_marks, frames))
+            if self.lands is not None:
+                way = torch.cat([foretold, (foretold - known.poses[:, -1:]) / STEP], -1)
+                led = led + (self.lands(way) * told_of[..., None])[:, frames]
+            parts.append(self._coming(known, shown, foretold, frame_marks, frames))
             there.append(self._coming_there(roles.frames[:, frames]))
             told.append(led + frame_marks[:, frames] if frame_marks.ndim == 3 else led)
         parts.append(blocks[:, actions])
@@ -207,6 +250,7 @@ class Tokens(nn.Module):
             begin=begin,
             frames=frames,
             actions=actions,
+            foretold=foretold,
         )
 
     def _seen(self, known: Known, marks: Tensor) -> Tensor:
@@ -221,15 +265,15 @@ class Tokens(nn.Module):
         age = torch.arange(self.history - 1, -1, -1, device=known.count.device)
         return (age < known.count[:, None]).repeat_interleave(self.frame_size, 1)
 
-    def _coming(self, known: Known, shown: Future, marks: Tensor, frames: Tensor) -> Tensor:
-        patches, pose = self.current(known)
+    def _coming(self, known: Known, shown: Future, foretold: Tensor, marks: Tensor, frames: Tensor) -> Tensor:
+        patches, pose = self.current(known), known.poses[:, -1]
         views = []
         for c, x in shown.frames.items():
             beside = patches[c][:, None].expand(-1, len(frames), -1, -1)
             both = torch.cat([cut(x[:, frames], self.patch), beside], -1)
             views.append(self.coming[self.keys[c]](both) + self.place[self.keys[c]])
         here = pose[:, None].expand(-1, len(frames), -1)
-        poses = self.pose_coming(torch.cat([shown.poses[:, frames], here], -1)) + self.pose_place
+        poses = self.pose_coming(torch.cat([shown.poses[:, frames], here, foretold[:, frames]], -1)) + self.pose_place
         of_frames = self.time_coming[frames, None]
         marks = (marks[:, :, None] if marks.ndim == 3 else marks)[:, frames]
         return (torch.cat([*views, poses[:, :, None]], 2) + of_frames + marks).flatten(1, 2)
@@ -257,6 +301,14 @@ class Tokens(nn.Module):
         c, h, w = self.shapes[camera]
         p = self.patch
         return rearrange(patches, "n f (h w) (c p q) -> n f c (h p) (w q)", h=h // p, w=w // p, c=c, p=p, q=p)
+
+
+def follow_from(guess: PoseGuess, known: Known, actions: Tensor) -> Tensor:
+    """Where blocks "n f k*a" take the arm from how it moves now, "n f p"."""
+    n, f = actions.shape[:2]
+    now = known.poses[:, -1:].expand(-1, f, -1)
+    before = torch.full((n,), -1, device=actions.device)  # rows began before now
+    return guess.follow(now, actions, known.aim[:, None], before, known.motion)
 
 
 def led(x: Tensor, before: int) -> Tensor:

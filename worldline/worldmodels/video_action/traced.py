@@ -20,6 +20,7 @@ from worldline.tokenizers.whitening import unwhiten
 from worldline.types import Clip, Imagination, Trace
 from worldline.worldmodels.traces import trace_of
 from worldline.worldmodels.video_action.queries import FORWARD, Query, Roles
+from worldline.worldmodels.video_action.state import after
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known
 from worldline.worldmodels.video_action.uwm import UnifiedWorld, noise_like
 
@@ -69,18 +70,16 @@ def sample_traced(
     steps: int,
     eta: float,
 ) -> Trace:
-    """`TracedSampling.sample_traced`, a chunk at a time. Raises `SpecMismatch` for f that is no multiple of the chunk."""
-    chunk, seeds, levels = model.config.chunk, seeds.to(model.device), solver_levels(steps).tolist()
+    """`TracedSampling.sample_traced`, a chunk (`traced_chunk`) at a time. Raises `SpecMismatch` for f that is no multiple of it."""
+    chunk, seeds, levels = model.traced_chunk(), seeds.to(model.device), solver_levels(steps).tolist()
     if actions.shape[1] % chunk:
         raise SpecMismatch(f"blocks in whole chunks of {chunk} required, got {actions.shape[1]}")
-    state = model.observe(seen)
-    known: list[Known] = []
+    known, number = [model.known(seen)], torch.full_like(seeds, seen.poses.shape[1] - 1)
     given: list[Future] = []
     traced: list[Renoised] = []
     for begin in range(0, actions.shape[1], chunk):
-        known.append(model.known_of(state))
         given.append(model.given(_query(model), len(seeds), None, actions[:, begin : begin + chunk]))
-        now, future, number = known[-1], given[-1], state.tensors["frame"]
+        now, future = known[-1], given[-1]
         roles = _query(model).rows(len(seeds)).to(model.device)
         start = _joined(noise_like(future, roles, Draw(seeds=seeds, frame=number, steps=steps)), chunk)
 
@@ -93,20 +92,21 @@ def sample_traced(
             return row_noise(seeds, number, step, tuple(like.shape[1:]), stream=77).to(like)
 
         traced.append(sample_renoised(predict, start, levels, linear_path, eta=eta, noise=noise))
-        made = _parted(traced[-1].sample, future)
-        state = model.after(state, now, made.frames, made.poses)
+        made = _parted(traced[-1].sample, future).first(chunk)
+        known.append(after(now, model.guess_pose, made, told=True))
+        number = number + chunk
     parts = [_parted(r.sample, x) for r, x in zip(traced, given)]
     latents = {c: torch.cat([p.frames[c] for p in parts], 1) for c in parts[0].frames}
     poses = model.pose_normalizer.denormalize(torch.cat([p.poses for p in parts], 1))
     imagined = Imagination(latents=unwhiten(latents, model.latent_spec), poses=poses)
-    context = TracedChunks(known=tuple(known), given=tuple(given), eta=eta, imagination=imagined)
+    context = TracedChunks(known=tuple(known[:-1]), given=tuple(given), eta=eta, imagination=imagined)
     return trace_of(traced, levels, eta=eta, context=context, join=lambda chunks: torch.cat(chunks, 1))
 
 
 def trace_means(model: VideoActionModel, trace: Trace) -> Float[Tensor, "s n f d"]:
     """Where `model` would go on average in each step of each frame, with gradients: one pass of the network for each solver step."""
     context: TracedChunks = trace.context
-    chunk, n, count = model.config.chunk, trace.x.shape[1], len(context.known)
+    chunk, n, count = model.traced_chunk(), trace.x.shape[1], len(context.known)
     known, given = _stacked_known(context.known), _stacked_future(context.given)
     roles = _query(model).rows(n * count).to(model.device)
     means = []
@@ -119,7 +119,7 @@ def trace_means(model: VideoActionModel, trace: Trace) -> Float[Tensor, "s n f d
 
 
 def _query(model: VideoActionModel) -> Query:
-    return FORWARD.first(model.config.chunk, model.config.horizon).at(model.config.horizon)
+    return FORWARD.first(model.traced_chunk(), model.config.horizon).at(model.config.horizon)
 
 
 def _clean(model: VideoActionModel, known: Known, given: Future, roles: Roles, x: Tensor, level: Tensor) -> Tensor:
@@ -154,6 +154,8 @@ def _stacked_known(parts: tuple[Known, ...]) -> Known:
         frames={c: torch.cat([p.frames[c] for p in parts]) for c in first.frames},
         poses=torch.cat([p.poses for p in parts]),
         count=torch.cat([p.count for p in parts]),
+        motion=torch.cat([p.motion for p in parts]),
+        aim=torch.cat([p.aim for p in parts]),
         text=None if first.text is None else torch.cat([p.text for p in parts if p.text is not None]),
     )
 

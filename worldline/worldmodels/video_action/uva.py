@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from worldline.diffusion import LevelDistribution, add_noise, linear_path, row_noise, sample_euler, solver_levels
 from worldline.worldmodels.layers import LevelEmbedding, cut
+from worldline.worldmodels.ports import Body
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.queries import Role, Roles
@@ -66,6 +67,7 @@ class JointLatent:
     actions: Tensor  # "n f d"
     frames: Tensor  # indices of the frames
     blocks: Tensor  # and of the blocks
+    foretold: Tensor  # "n f p", where given blocks take the arm, of all frames
 
 
 class UnifiedVideoAction(nn.Module):
@@ -74,15 +76,13 @@ class UnifiedVideoAction(nn.Module):
     def __init__(
         self,
         config: VideoActionConfig,
-        shapes: Mapping[str, tuple[int, int, int]],
-        pose_dim: int,
-        action_dim: int,
+        body: Body,
         text_dim: int,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, shapes = config, body.shapes
         width = config.trunk.width
-        self.tokens = Tokens(config, shapes, pose_dim, action_dim, text_dim)
+        self.tokens = Tokens(config, body, text_dim)
         self.trunk = Trunk(config.trunk)
         self.history_level = LevelEmbedding(width)
         self.masked, self.shown = nn.Parameter(torch.randn(3, width)), nn.Parameter(torch.randn(3, width))
@@ -90,10 +90,11 @@ class UnifiedVideoAction(nn.Module):
         cells = {c: channels * config.trunk.patch**2 for c, (channels, _, _) in shapes.items()}
         size = {"latent": width, "width": config.head_width, "depth": config.head_depth}
         self.video_head = nn.ModuleDict({self.tokens.keys[c]: TokenHead(cells[c], **size) for c in shapes})
-        self.pose_head = TokenHead(pose_dim, **size) if pose_dim else None
-        self.action_head = TokenHead(action_dim, **size)
+        self.pose_head = TokenHead(body.pose_dim, **size) if body.pose_dim else None
+        self.action_head = TokenHead(body.action_dim, **size)
         init_linear(self)
         self.trunk.init_weights()
+        self.tokens.init_weights()
         for head in (*self.video_head.values(), self.pose_head, self.action_head):
             if isinstance(head, TokenHead):
                 nn.init.zeros_(head.out.weight)
@@ -133,7 +134,14 @@ class UnifiedVideoAction(nn.Module):
         )
         made = self.trunk(sequence, self.vector.expand(len(known.poses), -1))
         views, poses, actions = self.tokens.split(sequence, made)
-        return JointLatent(views=views, poses=poses, actions=actions, frames=sequence.frames, blocks=sequence.actions)
+        return JointLatent(
+            views=views,
+            poses=poses,
+            actions=actions,
+            frames=sequence.frames,
+            blocks=sequence.actions,
+            foretold=sequence.foretold,
+        )
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +153,7 @@ class UnifiedVideoAction(nn.Module):
         share = low + (high - low) * torch.rand(n, 1, generator=generator)
         revealed = (torch.rand(n, s, generator=generator) >= share).to(device)
         found = self.latent(known, truth, roles, revealed)
-        patches, pose = self.tokens.current(known)
+        patches = self.tokens.current(known)
         frames = (roles.frames == Role.DENOISED)[:, found.frames]
         zero = truth.poses.new_zeros(())
         total = {"frames": zero, "poses": zero}
@@ -163,7 +171,7 @@ class UnifiedVideoAction(nn.Module):
             total["frames"] = torch.stack(per_camera).mean() * asked_frames
             if self.pose_head is not None:
                 target = truth.poses[:, found.frames]
-                base = pose[:, None].expand_as(target)
+                base = found.foretold[:, found.frames]
                 missed = self._missed(self.pose_head, target, found.poses, base, config.frame_levels, frames, generator)
                 total["poses"] = missed
         blocks = (roles.actions == Role.DENOISED)[:, found.blocks]
@@ -235,7 +243,7 @@ class UnifiedVideoAction(nn.Module):
 
     def _decoded(self, known: Known, found: JointLatent, noise: Future, levels: Tensor) -> Future:
         """Frames and poses by the video head; zeros where there is no token."""
-        patches, pose = self.tokens.current(known)
+        patches = self.tokens.current(known)
         frames = {}
         for c, latent in found.views.items():
             x = cut(noise.frames[c][:, found.frames], self.config.trunk.patch)
@@ -246,7 +254,7 @@ class UnifiedVideoAction(nn.Module):
         poses = torch.zeros_like(noise.poses)
         if self.pose_head is not None:
             x = noise.poses[:, found.frames]
-            base = pose[:, None].expand_as(x)
+            base = found.foretold[:, found.frames]
             poses[:, found.frames] = _denoised(self.pose_head, x, found.poses, base, levels).to(poses)
         return Future(frames=frames, poses=poses, actions=noise.actions)
 

@@ -7,7 +7,6 @@
 - Observations are tokens like the rest, not a residual network's features: they are what the tokenizer gives anyway.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from worldline.diffusion import add_noise, linear_path, row_noise, sample_euler, solver_levels
 from worldline.worldmodels.layers import LevelEmbedding
+from worldline.worldmodels.ports import Body
 from worldline.worldmodels.video_action.config import VideoActionConfig
 from worldline.worldmodels.video_action.errors import Errors, errors_of
 from worldline.worldmodels.video_action.queries import Role, Roles
@@ -28,23 +28,22 @@ class UnifiedWorld(nn.Module):
     def __init__(
         self,
         config: VideoActionConfig,
-        shapes: Mapping[str, tuple[int, int, int]],
-        pose_dim: int,
-        action_dim: int,
+        body: Body,
         text_dim: int,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, shapes = config, body.shapes
         width = config.trunk.width
-        self.tokens = Tokens(config, shapes, pose_dim, action_dim, text_dim)
+        self.tokens = Tokens(config, body, text_dim)
         self.trunk = Trunk(config.trunk)
         self.frame_level, self.action_level, self.own_level = (LevelEmbedding(width) for _ in range(3))
         self.no_frames, self.no_actions = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         cells = {c: channels * config.trunk.patch**2 for c, (channels, _, _) in shapes.items()}
         self.to_patch = nn.ModuleDict({self.tokens.keys[c]: nn.Linear(width, cells[c]) for c in shapes})
-        self.to_pose, self.to_action = nn.Linear(width, pose_dim), nn.Linear(width, action_dim)
+        self.to_pose, self.to_action = nn.Linear(width, body.pose_dim), nn.Linear(width, body.action_dim)
         init_linear(self)
         self.trunk.init_weights()
+        self.tokens.init_weights()
         for head in (*self.to_patch.values(), self.to_pose):
             assert isinstance(head, nn.Linear)
             nn.init.zeros_(head.weight)
@@ -69,7 +68,7 @@ class UnifiedWorld(nn.Module):
         vector = vector + _told(self.action_level, action_level, roles.actions, self.no_actions)
         made = self.trunk(sequence, vector)
         views, poses, actions = self.tokens.split(sequence, made)
-        patches, pose = self.tokens.current(known)
+        patches = self.tokens.current(known)
         horizon = self.config.horizon
         frames = {}
         for c, x in known.frames.items():
@@ -80,7 +79,9 @@ class UnifiedWorld(nn.Module):
             frames[c] = clean
         clean_poses, clean_actions = torch.zeros_like(shown.poses), torch.zeros_like(shown.actions)
         if len(sequence.frames):
-            clean_poses[:, sequence.frames] = (pose[:, None] + self.to_pose(poses)).to(clean_poses)
+            clean_poses[:, sequence.frames] = (sequence.foretold[:, sequence.frames] + self.to_pose(poses)).to(
+                clean_poses
+            )
         clean_actions[:, sequence.actions] = self.to_action(actions).to(clean_actions)
         return Future(frames=frames, poses=clean_poses, actions=clean_actions)
 

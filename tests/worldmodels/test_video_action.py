@@ -358,9 +358,15 @@ def followed(model: VideoActionModel) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("design", ["uwm", "uva"])
 def test_a_small_one_follows_actions(design):
-    """In the dot world only actions decide the next frame."""
-    true, negated, still = followed(learn(design))
+    """In the dot world only actions decide the next frame. Where they take the dot is foretold, too."""
+    model = learn(design)
+    true, negated, still = followed(model)
     assert true < 0.75 * still and negated > 1.3 * still
+    clip = clip_of(64, 2 + F, 7)
+    blocks = model.action_normalizer.normalize(clip.actions[:, 1:]).flatten(2)
+    foretold, _ = model.network.tokens.foretold(model.known(first(clip, 2)), blocks, FORWARD.at(F).rows(64))
+    away = (model.pose_normalizer.denormalize(foretold) - clip.poses[:, 2:]).norm(dim=-1).mean()
+    assert float(away) < 0.5 * still
 
 
 def test_with_the_action_path_cut_it_cannot_follow():

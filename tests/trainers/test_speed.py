@@ -9,9 +9,10 @@ import torch
 
 from tests.oracles import SPEC, dot_clip, dot_tokenizer, encoded
 from tests.trainers.test_loop import CONFIG, ToyStage
+from tests.worldmodels.test_video_action import build
 from worldline.data.normalization import RobustNormalizer
 from worldline.trainers.loop import LoopConfig, train
-from worldline.trainers.speed import FastTraining, build_optimizers, should_compile
+from worldline.trainers.speed import FastTraining, build_optimizers, compile_network, should_compile
 from worldline.worldmodels import AutoregressiveConfig, AutoregressiveWorldModel, TransformerConfig
 
 TOKENIZER = dot_tokenizer()
@@ -82,3 +83,12 @@ def test_only_long_runs_are_compiled_unless_asked(monkeypatch):
     assert not should_compile(LoopConfig(steps=5000, compile="no"), "cpu")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not should_compile(LoopConfig(steps=5000), "cpu") and should_compile(LoopConfig(steps=5000), "cuda")
+
+
+def test_only_networks_that_are_called_as_one_are_compiled(model, caplog):
+    compile_network(model)
+    assert model.network._compiled_call_impl is not None
+    unified = build("uwm")
+    with caplog.at_level("INFO"):
+        compile_network(unified)
+    assert unified.network._compiled_call_impl is None and "not compiled" in caplog.text

@@ -68,7 +68,13 @@ def should_compile(config: "LoopConfig", device: str) -> bool:
 
 
 def compile_network(model: nn.Module) -> None:
-    """Compile in place: names and weights stay as they are. Models that name no network are left alone."""
-    if isinstance(model, FastTraining):
-        log.info("compiling the network: the first step takes a minute or two (--loop.compile no leaves it out)")
-        model.get_submodule("network").compile(dynamic=False)
+    """Compile in place: names and weights stay as they are. Models that name no network are left alone, and networks that are not called as
+    one (unified video-action models: what is asked differs from row to row, and shapes with it)."""
+    if not isinstance(model, FastTraining):
+        return
+    network = model.get_submodule("network")
+    if type(network).forward is nn.Module.forward:
+        log.info("not compiled: the shapes of this network's passes change from step to step")
+        return
+    log.info("compiling the network: the first step takes a minute or two (--loop.compile no leaves it out)")
+    network.compile(dynamic=False)

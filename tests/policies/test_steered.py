@@ -51,7 +51,7 @@ def test_it_is_stored_whole(tmp_path) -> None:
 
 @pytest.mark.parametrize("design", ["uwm", "uva"])
 def test_a_unified_model_is_steered_by_its_noise_and_stored_whole(design, tmp_path) -> None:
-    base = VideoActionPolicy(scrambled(build(design, solver_steps=2)), dot_tokenizer())
+    base = VideoActionPolicy(scrambled(build(design, action_steps=2)), dot_tokenizer())
     policy, first = SteeredPolicy(base).eval(), starts(6)
     noise = row_noise(torch.arange(6), 0, 0, (3, 4), stream=1)
     theirs, _ = base.act(first, base.reset(6), seeds=torch.arange(6))

@@ -16,7 +16,7 @@ from worldline.types import Observation, Policy
 
 @pytest.fixture(scope="module", params=["uwm", "uva"])
 def policy(request) -> VideoActionPolicy:
-    return VideoActionPolicy(scrambled(build(request.param, solver_steps=2)), dot_tokenizer())
+    return VideoActionPolicy(scrambled(build(request.param, action_steps=2)), dot_tokenizer())
 
 
 def later(observation: Observation, dx: float) -> Observation:

@@ -55,27 +55,28 @@ def test_it_learns_to_act_from_the_episodes_that_succeeded(dots, patches, tmp_pa
 
 def test_failures_and_video_are_not_acted_on(dots, patches, tmp_path):
     settings = config(dots, patches, tmp_path / "run", demonstrations="success", video=(write_dots(tmp_path / "more"),))
-    parts, blind = video_action._parts(settings, "train", ["top"])
+    parts = video_action._parts(settings, "train", ["top"])
     dataset = LeRobotDataset(dots)
     won = [i for i in dataset.split("train") if dataset.episode(i).success]
-    assert blind == [False, True, True] and list(parts[0].episodes) == won
-    assert sorted(parts[0].episodes + parts[1].episodes) == dataset.split("train")
-    assert {s.dataset.root for s in video_action._datasets(parts)} == {dots, tmp_path / "more"}
-    parts, blind = video_action._parts(config(dots, patches, tmp_path / "run", stage="video"), "train", ["top"])
-    assert blind == [True] and list(parts[0].episodes) == dataset.split("train")
+    assert [(p.acted, p.imitated) for p in parts] == [(True, True), (True, False), (False, False)]
+    first, second, _ = selections = [p.selection for p in parts]
+    assert list(first.episodes) == won and sorted(first.episodes + second.episodes) == dataset.split("train")
+    assert {s.dataset.root for s in video_action._datasets(selections)} == {dots, tmp_path / "more"}
+    (part,) = video_action._parts(config(dots, patches, tmp_path / "run", stage="video"), "train", ["top"])
+    assert not part.acted and list(part.selection.episodes) == dataset.split("train")
 
 
 def test_a_batch_says_which_rows_may_be_asked_for_actions(dots, patches, tmp_path):
     from worldline.tokenizers import load_tokenizer
-    from worldline.trainers.inputs import LatentBatches
 
     more = write_dots(tmp_path / "more", episodes=6)
     selections = open_datasets((dots, more), "train")
-    clips = LatentBatches(selections, load_tokenizer(patches), frames=4, stride=1, device="cpu", progress=False)
-    clip, acted = video_action._Batches(clips, [False, True]).batch(0, 3, 64)
+    parts = [video_action._Part(selection=s, acted=a, imitated=not a) for s, a in zip(selections, (True, False))]
+    options = {"frames": 4, "stride": 1, "device": "cpu", "progress": False}
+    clip, acted, imitated = video_action._Batches(parts, load_tokenizer(patches), **options).batch(0, 3, 64)
     of_first = torch.tensor(video_action.share(selections, 0, 3, 64))
     assert acted.tolist() == [True] * int(of_first[0]) + [False] * int(of_first[1]) and 0 < of_first[1] < 64
-    assert len(clip.poses) == 64
+    assert len(clip.poses) == 64 and torch.equal(imitated, ~acted)
 
 
 @pytest.mark.parametrize("design", ["uwm", "uva"])

@@ -98,6 +98,23 @@ def test_training_asks_what_sampling_asks(sparse):
     assert rows == expected
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_that_are_not_imitated_are_told_their_actions(sparse):
+    """They are asked what forward, inverse and video ask, of as many frames; the others what they were asked before."""
+    shares = dict.fromkeys(QUERIES, 1.0)
+    n, imitated = 2000, torch.arange(2000) % 2 == 0
+    plain, told = (
+        draw_roles(shares, n, F, torch.Generator().manual_seed(0), sparse=sparse, imitated=which)
+        for which in (None, imitated)
+    )
+    assert torch.equal(plain.frames[imitated], told.frames[imitated])
+    assert torch.equal(plain.actions[imitated], told.actions[imitated])
+    others = draw_roles(dict.fromkeys(("forward", "inverse", "video"), 1.0), n, F, torch.Generator().manual_seed(1), sparse=sparse)  # fmt: skip
+    allowed = {(tuple(f), tuple(a)) for f, a in zip(others.frames.tolist(), others.actions.tolist())}
+    rows = {(tuple(f), tuple(a)) for f, a in zip(told.frames[~imitated].tolist(), told.actions[~imitated].tolist())}
+    assert rows == allowed
+
+
 # --- what is absent, and what is given --------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ class TrainVideoAction:
     stage: Literal["joint", "video"] = "joint"
     """video: nothing is asked for but video, and no action is looked at (UVA's first stage)."""
     demonstrations: Literal["success", "all"] = "all"
-    """success: of episodes that failed only the video is learned. Acting is imitated as recorded, so failures would be too."""
+    """success: of episodes that failed is learned what their actions lead to, and not to act as they did."""
     model: VideoActionConfig = field(default_factory=VideoActionConfig)
     init_from: Path | None = None
     """Start from the weights of another model of the same spec and sizes; its normalisation is kept."""
@@ -96,18 +96,28 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Episodes, and what is learned of them beside video: `acted` what their actions lead to, `imitated` to act as they do."""
+
+    selection: Selection
+    acted: bool
+    imitated: bool
+
+
 class _Batches:
-    """Clips, and which rows' actions are known."""
+    """Clips, of which rows the actions are known, and which of those are to be imitated."""
 
-    def __init__(self, batches: LatentBatches, blind: Sequence[bool]) -> None:
-        self.batches, self.blind = batches, torch.tensor(list(blind))
-        self.spec = batches.spec
+    def __init__(self, parts: Sequence[_Part], tokenizer: Tokenizer, **options: Any) -> None:
+        self.batches = LatentBatches([p.selection for p in parts], tokenizer, **options)
+        self.acted, self.imitated = torch.tensor([p.acted for p in parts]), torch.tensor([p.imitated for p in parts])
+        self.spec = self.batches.spec
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor]:
+    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor, Tensor]:
         clip = self.batches.batch(seed, step, size)
         counts = torch.tensor(share(self.batches.selections, seed, step, size))
-        blind = self.blind.repeat_interleave(counts)
-        return clip, torch.isfinite(clip.actions).all(3).all(2).all(1) & ~blind
+        acted, imitated = (x.repeat_interleave(counts) for x in (self.acted, self.imitated))
+        return clip, torch.isfinite(clip.actions).all(3).all(2).all(1) & acted, imitated
 
 
 class _VideoActionStage:
@@ -116,24 +126,24 @@ class _VideoActionStage:
     def __init__(self, model: VideoActionModel, batches: _Batches, held_out: _Batches, tokenizer: Tokenizer) -> None:
         self.model, self.batches, self.held_out, self.tokenizer = model, batches, held_out, tokenizer
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor]:
+    def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor, Tensor]:
         return self.batches.batch(seed, step, size)
 
     def loss(
-        self, model: Any, batch: tuple[Clip, Tensor], generator: torch.Generator
+        self, model: Any, batch: tuple[Clip, Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        clip, acted = batch
-        return model.loss(clip, generator, acted=acted)
+        clip, acted, imitated = batch
+        return model.loss(clip, generator, acted=acted, imitated=imitated)
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
         """On held-out clips with actions: error of imagined frames against copying, of shuffled actions against true ones, and of the
-        blocks that policy and inverse query find against the mean block (1: knows nothing)."""
-        clip, acted = self.held_out.batch(0, 0, 16)
+        blocks that policy and inverse query find against the mean block (1: knows nothing); the policy's where it is to imitate."""
+        clip, acted, imitated = self.held_out.batch(0, 0, 16)
         rows = acted.nonzero().flatten()
         if not len(rows):
             return {}
-        clip = _rows(clip, rows)
+        clip, imitated = _rows(clip, rows), imitated[rows]
         h = model.config.history
         seen = replace(
             clip,
@@ -142,17 +152,13 @@ class _VideoActionStage:
             actions=clip.actions[:, : h - 1],
         )
         truth, seeds = clip.actions[:, h - 1 :], torch.arange(len(rows))
-        spread = (truth - truth.mean((0, 1, 2))).square().mean()
+        spread = (truth - truth.mean((0, 1, 2))).square().mean().clamp(min=1e-9)
         coming = {c: z[:, h : h + 1] for c, z in clip.frames.items()}
-        single = INVERSE.first(1, model.config.horizon)
-        found = {
-            "policy_error": model.sample(seen, POLICY, seeds=seeds).actions,
-            "inverse_error": model.sample(seen, single, seeds=seeds, frames=coming).actions,
-        }
-        errors = {
-            name: float((x.cpu() - truth[:, : x.shape[1]]).square().mean() / spread.clamp(min=1e-9))
-            for name, x in found.items()
-        }
+        explained = model.sample(seen, INVERSE.first(1, model.config.horizon), seeds=seeds, frames=coming).actions.cpu()
+        errors = {"inverse_error": float((explained - truth[:, :1]).square().mean() / spread)}
+        if bool(imitated.any()):
+            decided = model.sample(seen, POLICY, seeds=seeds).actions.cpu()
+            errors["policy_error"] = float((decided - truth)[imitated].square().mean() / spread)
         return imagined_errors(model.with_sampling(chunk=1), clip) | errors
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
@@ -170,23 +176,20 @@ def _rows(clip: Clip, rows: Tensor) -> Clip:
     )
 
 
-def _parts(config: TrainVideoAction, split: str, cameras: list[str]) -> tuple[list[Selection], list[bool]]:
-    """The selections of a split, and whether each one's actions are not looked at."""
+def _parts(config: TrainVideoAction, split: str, cameras: list[str]) -> list[_Part]:
+    """The episodes of a split."""
     options: dict[str, Any] = {"cameras": cameras, "max_episodes": config.max_episodes if split == "train" else None}
-    chosen = open_datasets((*config.data, *config.video), split, **options)
-    parts, blind = [], []
-    for i, s in enumerate(chosen):
-        alone = config.stage == "video" or i >= len(config.data)
-        if alone or config.demonstrations == "all":
-            parts.append(s)
-            blind.append(alone)
+    parts = []
+    for i, s in enumerate(open_datasets((*config.data, *config.video), split, **options)):
+        acted = config.stage == "joint" and i < len(config.data)
+        if not acted or config.demonstrations == "all":
+            parts.append(_Part(selection=s, acted=acted, imitated=acted))
             continue
         won = [n for n in s.episodes if s.dataset.episode(n).success]
-        for episodes, unseen in ((won, False), ([n for n in s.episodes if n not in won], True)):
+        for episodes, imitated in ((won, True), ([n for n in s.episodes if n not in won], False)):
             if episodes:
-                parts.append(replace(s, episodes=tuple(episodes)))
-                blind.append(unseen)
-    return parts, blind
+                parts.append(_Part(selection=replace(s, episodes=tuple(episodes)), acted=True, imitated=imitated))
+    return parts
 
 
 def _datasets(selections: Sequence[Selection]) -> list[Selection]:
@@ -204,8 +207,8 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder. Raises `DatasetError` if no episode has actions."""
     tokenizer = load_finished_tokenizer(config.tokenizer)
     cameras = [c.name for c in tokenizer.cameras]
-    training, blind = _parts(config, "train", cameras)
-    held_out, held_out_blind = _parts(config, "held-out", cameras)
+    parts, held_out = _parts(config, "train", cameras), _parts(config, "held-out", cameras)
+    training = [p.selection for p in parts]
     settings = replace(config.model, shares=VIDEO_ONLY) if config.stage == "video" else config.model
     model = None if config.init_from is None else _trained(config, settings, tokenizer, training[0].dataset.spec)
     claim_output(
@@ -227,9 +230,9 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
     }
     # the poses and commands that came before tell how the arm moves
     lead = WHOLE if settings.guess_width and config.stage == "joint" else 0
-    batches = _Batches(LatentBatches(training, tokenizer, starts=config.starts, lead=lead, **options), blind)
+    batches = _Batches(parts, tokenizer, starts=config.starts, lead=lead, **options)
     if model is None:
-        acting = _acting([s for s, unseen in zip(training, blind) if config.stage == "video" or not unseen])
+        acting = _acting([p.selection for p in parts if p.acted or config.stage == "video"])
         if not acting:
             raise DatasetError(
                 f"{', '.join(map(str, config.data))}: some episodes with actions required, got video alone. Give it after --video, and "
@@ -239,9 +242,7 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         actions, poses = fit_normalizers(acting)
         model = VideoActionModel(settings, batches.spec, action_normalizer=actions, pose_normalizer=poses)
         model.fit_aims(strided_numbers(acting, config.stride))
-    stage = _VideoActionStage(
-        model, batches, _Batches(LatentBatches(held_out, tokenizer, **options), held_out_blind), tokenizer
-    )
+    stage = _VideoActionStage(model, batches, _Batches(held_out, tokenizer, **options), tokenizer)
     provenance = {
         **data_provenance(_datasets(training), config.out, init_from=config.init_from),
         "tokenizer": tokenizer.fingerprint,

@@ -32,7 +32,7 @@ from worldline.worldmodels.video_action.dreaming import next_chunk, next_frame
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.motion import Moves, guess_miss, moves_in
-from worldline.worldmodels.video_action.queries import Query, Role, Roles, draw_roles, video_alone
+from worldline.worldmodels.video_action.queries import Query, Role, Roles, draw_roles
 from worldline.worldmodels.video_action.state import Dreamt
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known, led
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
@@ -89,7 +89,7 @@ class VideoActionModel(TracedSampling, nn.Module):
 
     @property
     def guess_pose(self) -> PoseGuess | None:
-        """What foretells where given blocks take the arm."""
+        """Foretells where given blocks take the arm."""
         return self.network.tokens.guess_pose
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -109,8 +109,8 @@ class VideoActionModel(TracedSampling, nn.Module):
     def known(self, clip: Clip) -> Known:
         """The last `history` frames of a clip of raw latents, in the network's units. All of it tells how the arm moves."""
         missing = sorted(c for c, there in clip.present.items() if not there.all())
-        if missing or not set(self.latent_spec.shapes) <= set(clip.frames):
-            missing = missing or sorted(set(self.latent_spec.shapes) - set(clip.frames))
+        missing = missing or sorted(set(self.latent_spec.shapes) - set(clip.frames))
+        if missing:
             raise SpecMismatch(
                 f"cameras {sorted(self.latent_spec.shapes)} are required by this {KIND} model, {missing} are missing"
             )
@@ -166,33 +166,37 @@ class VideoActionModel(TracedSampling, nn.Module):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def loss(
-        self, clip: Clip, generator: torch.Generator | None = None, *, acted: Bool[Tensor, " b"] | None = None
+        self,
+        clip: Clip,
+        generator: torch.Generator | None = None,
+        *,
+        acted: Bool[Tensor, " b"] | None = None,
+        imitated: Bool[Tensor, " b"] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a clip of raw latents with history + horizon frames after its lead, and detached metrics.
 
-        What is asked of each row, which of its frames are known, levels and noise are drawn on the CPU from `generator`. How the arm
-        moves is known from all that came before, as in a dream.
+        What is asked of each row, which of its frames are known, levels and noise are drawn on the CPU from `generator`.
 
         Args:
             acted: rows whose actions are known; the others are asked for video, and their actions are never looked at.
+            imitated: rows whose actions are what to do; the others are never asked that, only what their actions lead to.
         """
         config, h, f = self.config, self.config.history, self.config.horizon
         if clip.poses.shape[1] != clip.lead + h + f:
-            got = clip.poses.shape[1] - clip.lead
-            raise SpecMismatch(f"clips of {h + f} frames (history and horizon) required, got {got}")
-        n = len(clip.poses)
+            raise SpecMismatch(
+                f"clips of {h + f} frames (history and horizon) required, got {clip.poses.shape[1] - clip.lead}"
+            )
         if acted is None:
             self._blocks(clip.actions)  # raises for what is not finite
         elif not bool(acted.all()):
             unknown = torch.full((), float("nan"))
             clip = replace(clip, actions=torch.where(acted[:, None, None, None], clip.actions, unknown))
         # at the start of an episode less is known than `history` frames: so the frame that is now is one of the first h
-        now = clip.lead + int(torch.randint(h, (), generator=generator))
+        n, now = len(clip.poses), clip.lead + int(torch.randint(h, (), generator=generator))
         moves = self._moves(clip)
         known = self._known_at(clip, moves, now)
-        fewer = (
-            1 + torch.rand(n, generator=generator).to(self.device) * known.count
-        ).long()  # a policy may have seen less
+        # a policy may have seen less
+        fewer = (1 + torch.rand(n, generator=generator).to(self.device) * known.count).long()
         drawn = torch.rand(n, generator=generator).to(self.device) < 0.5
         known = self._noisy(replace(known, count=torch.where(drawn, fewer, known.count)), generator)
         coming = {c: clip.frames[c][:, now + 1 : now + 1 + f].to(self.device, torch.float32) for c in known.frames}
@@ -201,9 +205,8 @@ class VideoActionModel(TracedSampling, nn.Module):
             poses=moves.poses[:, now + 1 : now + 1 + f],
             actions=moves.actions[:, now : now + f],
         )
-        roles = draw_roles(config.shares, n, f, generator, sparse=config.targets == "end")
-        if acted is not None:
-            roles = video_alone(roles, acted, sparse=config.targets == "end")
+        sparse = config.targets == "end"
+        roles = draw_roles(config.shares, n, f, generator, sparse=sparse, acted=acted, imitated=imitated)
         loss, metrics = self._errors(known, truth, roles.to(self.device), generator).loss(config)
         if self.guess_pose is None:
             return loss, metrics
@@ -267,8 +270,7 @@ class VideoActionModel(TracedSampling, nn.Module):
         steps = config.action_steps if Role.DENOISED in query.actions else config.solver_steps
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
-        at = torch.full((len(seeds),), seen.poses.shape[1] - 1)
-        draw = Draw(seeds=seeds, frame=at, steps=steps)
+        draw = Draw(seeds=seeds, frame=torch.full_like(seeds, seen.poses.shape[1] - 1), steps=steps)
         if guidance is not None and score is not None:
             draw = replace(draw, steer=steering(self.physical, query, guidance, score, steps))
         made = self.answer(known, given, query.rows(len(seeds)), draw)
@@ -330,9 +332,8 @@ class VideoActionModel(TracedSampling, nn.Module):
     ) -> tuple[TensorState, Imagination]:
         """The f frames that follow. Actions in physical units; latents come back raw, poses in physical units.
 
-        With a chunk of 1 each in a pass of its own, up to `span` of them from the same known frame (`state`): how many frames are asked
-        for in a call makes no difference. With a longer chunk so many a pass, all from the frame before them; `SpecMismatch` is raised
-        if f is not a multiple of it. Without actions one chunk of whatever may follow, by the video query.
+        With a chunk of 1 each in a pass of its own, up to `span` of them from the same known frame (`state`). With a longer chunk so many
+        a pass, from the frame before them; raises `SpecMismatch` if f is no multiple. Without actions one chunk of whatever may follow.
         """
         chunk = self.config.chunk
         count = chunk if actions is None else actions.shape[1]

@@ -114,12 +114,21 @@ QUERIES: Mapping[str, Query] = {
 
 
 def draw_roles(
-    shares: Mapping[str, float], n: int, horizon: int, generator: torch.Generator | None, *, sparse: bool = False
+    shares: Mapping[str, float],
+    n: int,
+    horizon: int,
+    generator: torch.Generator | None,
+    *,
+    sparse: bool = False,
+    acted: Bool[Tensor, " n"] | None = None,
+    imitated: Bool[Tensor, " n"] | None = None,
 ) -> Roles:
     """Queries of n training rows: the named ones by their shares, half of them of fewer frames than the horizon.
 
     Args:
         sparse: no frame but the last of each row's has a token (UWM's published end point).
+        acted: rows whose actions are known; the others are asked for video. None: all.
+        imitated: rows whose actions are what to do; the others are told theirs where they would be asked for them. None: all.
     """
     names = list(shares)
     weights = torch.tensor([shares[name] for name in names], dtype=torch.float64)
@@ -133,7 +142,23 @@ def draw_roles(
     actions = torch.cat([q.actions for q in queries])[kinds].expand(-1, horizon).masked_fill(beyond, Role.ABSENT)
     if sparse:
         frames = frames.masked_fill(torch.arange(horizon)[None] != counts[:, None] - 1, Role.ABSENT)
-    return Roles(frames=frames, actions=actions)
+    roles = Roles(frames=frames, actions=actions)
+    if imitated is not None:
+        roles = not_imitated(roles, imitated, sparse=sparse)
+    return roles if acted is None else video_alone(roles, acted, sparse=sparse)
+
+
+def not_imitated(roles: Roles, imitated: Bool[Tensor, " n"], *, sparse: bool = False) -> Roles:
+    """Rows whose actions are known but not to be imitated are not asked what to do: blocks that they would be asked for with no frame given are
+    given, and the frames that those lead to asked for."""
+    explained = (roles.frames == Role.GIVEN).any(1)
+    asked = (roles.actions == Role.DENOISED) & ~(explained | imitated.cpu())[:, None]
+    frames = asked
+    if sparse:  # the last of a row's alone
+        frames = asked & (asked.flip(1).cumsum(1).flip(1) == 1)
+    return Roles(
+        frames=torch.where(frames, Role.DENOISED, roles.frames), actions=torch.where(asked, Role.GIVEN, roles.actions)
+    )
 
 
 def video_alone(roles: Roles, acted: Bool[Tensor, " n"], *, sparse: bool = False) -> Roles:

@@ -66,8 +66,8 @@ class VideoActionConfig:
     head_depth: int = 3
     head_draws: int = 4  # levels at which a token is asked for, for one pass of the trunk
     # sampling
-    solver_steps: int = 1  # where frames alone are asked for, as in a dream; 1: what may be expected
-    action_steps: int = 4  # where blocks are asked for
+    solver_steps: int = 1  # where frames alone are asked for, as in a dream, or blocks that given frames explain; 1: what may be expected
+    action_steps: int = 4  # where it decides on blocks
     chunk: int = 1  # frames that `imagine` makes at a time
     span: int = 0  # frames imagined one at a time from the same known frame (`state`); 0: the horizon
     decode_rounds: int = 1  # uva: passes in which the places of a video are filled in

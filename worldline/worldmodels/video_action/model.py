@@ -267,7 +267,7 @@ class VideoActionModel(TracedSampling, nn.Module):
             config = replace(
                 config, solver_steps=steps, action_steps=steps
             )  # raises for levels that training never showed
-        steps = config.action_steps if Role.DENOISED in query.actions else config.solver_steps
+        steps = config.action_steps if query.decides else config.solver_steps
         known = self.known(seen)
         given = self.given(query, len(seeds), frames, actions)
         draw = Draw(seeds=seeds, frame=torch.full_like(seeds, seen.poses.shape[1] - 1), steps=steps)

@@ -45,6 +45,11 @@ class Query:
         if Role.DENOISED not in (*self.frames, *self.actions):
             raise ValueError(f"a query with something to denoise is required, got {self}: nothing would be sampled")
 
+    @property
+    def decides(self) -> bool:
+        """Whether blocks are asked for that no given frame explains."""
+        return Role.DENOISED in self.actions and Role.GIVEN not in self.frames
+
     def at(self, horizon: int) -> "Query":
         """With a role for each of `horizon` frames and blocks. Raises `ValueError` if it has roles for another number."""
         for name, roles in (("frames", self.frames), ("actions", self.actions)):

@@ -58,7 +58,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         found.append(config)
         return tmp_path
 
-    for module, function in (
+    stubbed = (
         *(
             (f"trainers.{stage}", "run")
             for stage in (
@@ -86,8 +86,11 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("commands.posttraining", "run_posttrain"),
         ("commands.labeling", "run_label"),
         ("commands.showing", "run_show"),
-    ):
-        monkeypatch.setattr(importlib.import_module(f"worldline.{module}"), function, stub)
+    )
+    # all imported before any is stubbed: a module imported later would keep another one's stub for good
+    imported = [(importlib.import_module(f"worldline.{module}"), function) for module, function in stubbed]
+    for module, function in imported:
+        monkeypatch.setattr(module, function, stub)
 
     def run(words: list[str]) -> Any:
         found.clear()

@@ -74,7 +74,7 @@ def _model(width: int, depth: int, heads: int, **more: Any) -> VideoActionConfig
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
-        "1.4M weights, 2.2M with --model.design uva; half an hour on a 2-core CPU",
+        "1.5M weights, 2.3M with --model.design uva; half an hour on a 2-core CPU",
         {
             "model": _model(128, 4, 4, head_width=128, head_depth=2, head_draws=2),
             "loop": LoopConfig(

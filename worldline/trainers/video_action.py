@@ -152,13 +152,17 @@ class _VideoActionStage:
             actions=clip.actions[:, : h - 1],
         )
         truth, seeds = clip.actions[:, h - 1 :], torch.arange(len(rows))
-        spread = (truth - truth.mean((0, 1, 2))).square().mean().clamp(min=1e-9)
+
+        def missed(found: Tensor, wanted: Tensor) -> float:
+            spread = (wanted - wanted.mean((0, 1, 2))).square().mean().clamp(min=1e-9)
+            return float((found - wanted[:, : found.shape[1]]).square().mean() / spread)
+
         coming = {c: z[:, h : h + 1] for c, z in clip.frames.items()}
         explained = model.sample(seen, INVERSE.first(1, model.config.horizon), seeds=seeds, frames=coming).actions.cpu()
-        errors = {"inverse_error": float((explained - truth[:, :1]).square().mean() / spread)}
+        errors = {"inverse_error": missed(explained, truth)}
         if bool(imitated.any()):
             decided = model.sample(seen, POLICY, seeds=seeds).actions.cpu()
-            errors["policy_error"] = float((decided - truth)[imitated].square().mean() / spread)
+            errors["policy_error"] = missed(decided[imitated], truth[imitated])
         return imagined_errors(model.with_sampling(chunk=1), clip) | errors
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from worldline.trainers.refinement import (
     claim,
     load_actor,
     refine,
+    smoothed,
 )
 
 SETTINGS = RefineSettings(
@@ -115,6 +116,14 @@ def test_it_stops_when_checks_bring_nothing_better(judges, held_out, dots, clone
     found = run(judges, held_out, dots, cloned, tmp_path / "still", iterations=50, check_every=1, ppo=still)
     assert len(found.checks) <= 4 + 3 and found.stopped.startswith("3 checks brought nothing better than iteration")
     assert best_of([{"iteration": 0.0, "success": 0.5}, {"iteration": 5.0, "success": 0.5}]) == 0
+
+
+def test_a_lucky_check_is_not_what_is_published() -> None:
+    """The checks of a real refinement (soccer-v3): one of 64 dreams stands out, those around it do not."""
+    checks = [{"iteration": 5.0 * i, "success": s} for i, s in enumerate((0.45, 0.48, 0.69, 0.59, 0.59, 0.59))]
+    assert smoothed(checks) == pytest.approx([0.46, 0.525, 0.6125, 0.615, 0.59, 0.59])
+    assert best_of(checks) == 15
+    assert smoothed(checks[:1]) == [0.45]
 
 
 def test_other_settings_are_refused_and_more_iterations_are_not(judges, held_out, dots, cloned, tmp_path) -> None:

@@ -29,6 +29,7 @@ from worldline.trainers.refinement import (
     claim,
     load_actor,
     refine,
+    smoothed,
 )
 from worldline.types import require_match
 
@@ -126,7 +127,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "threshold": threshold,
         # no episode may have ended in an iteration: then its success is not a number
         "history": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in found.history],
-        "checks": found.checks,
+        "checks": [{**c, "smoothed": mean} for c, mean in zip(found.checks, smoothed(found.checks))],
         "audit_failures": failures,
         "frozen": dict(found.fingerprints),
         "replayed": None if diagnostic is None else hallucination(diagnostic),

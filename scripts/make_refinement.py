@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,10 @@ from worldline.trainers.refinement import RefineSettings
 
 ARMS = ("cloned", "refined", "fine-tuned", "filtered-bc", "iql", "filtered-bc, refined")
 CONTROLS = ("filtered-bc", "iql")
-REFINED = {"cloned": "refined", "filtered-bc": "filtered-bc-refined"}  # folder of what PPO made of an arm
+REFINED = {  # arm: from which it is refined, and its folder
+    "refined": ("cloned", "refined"),
+    "filtered-bc, refined": ("filtered-bc", "filtered-bc-refined"),
+}
 PERSIST = 2  # frames that success must hold, as the scorers' rule
 
 
@@ -63,15 +66,32 @@ class MakeRefinement:
     """Scripted episodes a task that world model and scorer learn from."""
     rollouts: int = 80
     """And rollouts of a policy of another lineage."""
-    demonstrations: int = 3
-    """That the policies are cloned from: few, so that they fail often."""
-    policy_steps: int = 600
+    demonstrations: tuple[int, ...] = (3,)
+    """That the policies are cloned from: few, so that they fail often. One number for all tasks, or one a task."""
+    policy_steps: tuple[int, ...] = (600,)
+    """Training steps of cloning: one number for all tasks, or one a task."""
     test_episodes: int = 100
     frames: int = 41
     """Of an episode, in the dream and in the simulator."""
     rl: RefineSettings = field(default_factory=RefineSettings)
     jobs: int = 1
     """Tasks and seeds at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
+    arms: tuple[Literal["refined", "fine-tuned", "filtered-bc", "iql", "filtered-bc, refined"], ...] = ARMS[1:]
+    """What is made beside the cloned policy; fewer take less time."""
+
+    def __post_init__(self) -> None:
+        if "filtered-bc, refined" in self.arms and "filtered-bc" not in self.arms:
+            raise ValueError(f"arms: 'filtered-bc, refined' begins at 'filtered-bc', got {self.arms}")
+        for name in ("demonstrations", "policy_steps"):
+            if len(getattr(self, name)) not in (1, len(self.tasks)):
+                raise ValueError(
+                    f"{name}: one number, or one for each of {self.tasks} required, got {getattr(self, name)}"
+                )
+
+
+def of(config: MakeRefinement, task: str, numbers: tuple[int, ...]) -> int:
+    """The number of a task."""
+    return numbers[0] if len(numbers) == 1 else numbers[config.tasks.index(task)]
 
 
 def steps(config: MakeRefinement, base: int) -> int:
@@ -82,9 +102,10 @@ def prepare(config: MakeRefinement, task: str) -> None:
     """Datasets, the other lineage's policy and its rollouts, the tokenizer."""
     home, world = config.out / task, f"metaworld/{task}"
     record(home / "scripted", world, config.episodes, policy=config.scripted, seed=0)
-    record(home / "demonstrations", world, config.demonstrations + 7, policy="expert", seed=2)
-    record(home / "other-demonstrations", world, config.demonstrations + 7, policy="expert", seed=3)
-    clone(config, home / "other-demonstrations", home / "other", seed=1000)
+    demonstrations = of(config, task, config.demonstrations) + 7
+    record(home / "demonstrations", world, demonstrations, policy="expert", seed=2)
+    record(home / "other-demonstrations", world, demonstrations, policy="expert", seed=3)
+    clone(config, task, home / "other-demonstrations", home / "other", seed=1000)
     record(home / "rollouts", world, config.rollouts, policy=str(home / "other"), seed=4)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=steps(config, 1000))
     train(tokenizer, tokenizer.TrainTokenizer(data=real(home), out=home / "tok", loop=loop))
@@ -95,11 +116,10 @@ def real(home: Path) -> tuple[Path, ...]:
     return home / "scripted", home / "rollouts"
 
 
-def clone(config: MakeRefinement, data: Path, out: Path, *, seed: int) -> Path:
-    loop = LoopConfig(steps=config.policy_steps, batch_size=64, lr=1e-3, seed=seed)
-    settings = policy.TrainPolicy(
-        data=(data,), out=out, kind="bc", episodes=config.demonstrations, demonstrations="all", loop=loop
-    )
+def clone(config: MakeRefinement, task: str, data: Path, out: Path, *, seed: int) -> Path:
+    loop = LoopConfig(steps=of(config, task, config.policy_steps), batch_size=64, lr=1e-3, seed=seed)
+    episodes = of(config, task, config.demonstrations)
+    settings = policy.TrainPolicy(data=(data,), out=out, kind="bc", episodes=episodes, demonstrations="all", loop=loop)
     return train(policy, settings)
 
 
@@ -125,37 +145,42 @@ def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
     )
     train(world_model, settings)
     train_scorer(config, task, seed)
-    cloned = clone(config, home / "demonstrations", home / f"cloned{seed}", seed=seed)
-    refined = refine(config, task, seed, cloned, home / f"{REFINED['cloned']}{seed}")
-    imagined = imagine(config, home, cloned, judges, seed)
-    tune = LoopConfig(steps=config.policy_steps, batch_size=64, lr=5e-4, seed=seed)
-    tuned = policy.TrainPolicy(
-        data=(home / "demonstrations", imagined or cloned),
-        out=home / f"fine-tuned{seed}",
-        demonstrations="success",
-        init_from=cloned,
-        imagined_share=0.5,
-        loop=tune,
-    )
-    longer = LoopConfig(steps=4 * config.policy_steps, batch_size=64, lr=1e-3, seed=seed)
+    cloned = clone(config, task, home / "demonstrations", home / f"cloned{seed}", seed=seed)
+    longer = LoopConfig(steps=4 * of(config, task, config.policy_steps), batch_size=64, lr=1e-3, seed=seed)
     filtered = policy.TrainPolicy(
         data=real(home), out=home / f"filtered-bc{seed}", init_from=cloned, demonstrations="success", loop=longer
     )
     iql = offline.TrainOffline(data=real(home), out=home / f"iql{seed}", init_from=cloned, loop=longer)
-    filtered_bc = train(policy, filtered)
-    return {
-        "cloned": cloned,
-        "refined": refined,
-        "fine-tuned": cloned if imagined is None else train(policy, tuned),
-        "filtered-bc": filtered_bc,
-        "iql": train(offline, iql),
-        "filtered-bc, refined": refine(config, task, seed, filtered_bc, home / f"{REFINED['filtered-bc']}{seed}"),
+    make = {
+        "refined": lambda: refine(config, task, "refined", seed, cloned),
+        "fine-tuned": lambda: fine_tune(config, task, cloned, imagine(config, home, cloned, judges, seed), seed),
+        "filtered-bc": lambda: train(policy, filtered),
+        "iql": lambda: train(offline, iql),
+        "filtered-bc, refined": lambda: refine(config, task, "filtered-bc, refined", seed, filtered.out),
     }
+    return {"cloned": cloned} | {name: make[name]() for name in ARMS[1:] if name in config.arms}
 
 
-def refine(config: MakeRefinement, task: str, seed: int, start: Path, out: Path) -> Path:
+def fine_tune(config: MakeRefinement, task: str, cloned: Path, imagined: Path | None, seed: int) -> Path:
+    """`cloned`, trained on on its demonstrations and the imagined successes, half and half; itself where there are none."""
+    if imagined is None:
+        return cloned
+    home = config.out / task
+    settings = policy.TrainPolicy(
+        data=(home / "demonstrations", imagined),
+        out=home / f"fine-tuned{seed}",
+        demonstrations="success",
+        init_from=cloned,
+        imagined_share=0.5,
+        loop=LoopConfig(steps=of(config, task, config.policy_steps), batch_size=64, lr=5e-4, seed=seed),
+    )
+    return train(policy, settings)
+
+
+def refine(config: MakeRefinement, task: str, arm: str, seed: int, start: Path) -> Path:
     """`start` after PPO in the dream of the task and seed; imagined and true success at every check are kept beside it."""
     home = config.out / task
+    out = home / f"{REFINED[arm][1]}{seed}"
     if not (out / "report.json").is_file():
         run_refine(
             Refine(
@@ -258,9 +283,10 @@ def losses(cells: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
 def curve_rows(config: MakeRefinement) -> list[str]:
     """Imagined against true success along each refinement."""
     rows = []
+    refined = [folders for arm, folders in REFINED.items() if arm in config.arms]
     for task in config.tasks:
-        for seed, started in product(range(config.seeds), REFINED):
-            report = report_results(config.out / task / f"{REFINED[started]}{seed}")
+        for seed, (started, folder) in product(range(config.seeds), refined):
+            report = report_results(config.out / task / f"{folder}{seed}")
             for r in report["truth"]["checked"]:
                 published = " (published)" if r["iteration"] == report["best_iteration"] else ""
                 low, high = r["true_interval"]
@@ -282,22 +308,27 @@ def main(config: MakeRefinement) -> None:
     cells = [(task, seed) for task in config.tasks for seed in range(config.seeds)]
     found = together(config.jobs, [partial(cell, config, *one) for one in cells])
     won = {f"{task}, {seed}": made for (task, seed), made in zip(cells, found)}
+    ours = [name for name in ("refined", "fine-tuned") if name in config.arms]
+    controls = [name for name in CONTROLS if name in config.arms]
     rows = [
-        row(cell, *(rate(made[name]) for name in ARMS), *(gain(made[name], made["cloned"]) for name in ARMS[1:3]))
+        row(cell, *map(rate, made.values()), *(gain(made[name], made["cloned"]) for name in ours))
         for cell, made in won.items()
     ]
+    arms_made = list(next(iter(won.values())))
     summary: list[str] = []
-    for name in ARMS[1:]:
+    for name in arms_made[1:]:
         against: list[Any] = [mean_gain([(made[name], made["cloned"]) for made in won.values()])]
-        for control in CONTROLS:
+        for control in controls:
             pairs = [(made[name], made[control]) for made in won.values()]
             against.append("–" if name in CONTROLS else mean_gain(pairs))
         worse = losses({cell: (made[name], made["cloned"]) for cell, made in won.items()})
         summary.append(row(name, *against, worse))
+    columns = [*arms_made, *(f"{name} - cloned" for name in ours)]
+    means = ["mean gain over tasks and seeds", "on cloned", *(f"on {name}" for name in controls), "significant losses"]
     sections = [
         f"True success, {config.test_episodes} episodes each from the same starts.",
-        table(f"| task, seed | {' | '.join(ARMS)} | refined - cloned | fine-tuned - cloned |", rows),
-        table("| mean gain over tasks and seeds | on cloned | on filtered BC | on IQL | significant losses |", summary),
+        table(row("task, seed", *columns), rows),
+        table(row(*means), summary),
         table(
             "| task, seed | started from | iteration | imagined success | true success | true failures that the dream calls a success |",
             curve_rows(config),

@@ -67,7 +67,7 @@ def test_every_grey_level_survives_the_float_images():
 def test_frames_do_not_depend_on_how_many_are_encoded_at_once(monkeypatch):
     tokenizer, video = autoencoder(), frames()
     whole = tokenizer.encode(video)
-    monkeypatch.setattr("worldline.tokenizers.base._CHUNK_PIXELS", 18 * 30)
+    monkeypatch.setattr("worldline.tokenizers.base._CHUNK_PIXELS_CPU", 18 * 30)
     pieces = tokenizer.encode(video)
     assert all(torch.allclose(whole[c], pieces[c], atol=1e-5) for c in video)
     assert torch.equal(tokenizer.decode(whole)["side"].float(), tokenizer.decode(pieces)["side"].float())

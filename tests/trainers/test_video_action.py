@@ -1,17 +1,17 @@
 """The stage of unified video-action models: what it learns with and without actions, and that it goes on as if never stopped."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.trainers.test_stages import facts, loop
-from tests.trainers.toy import write_dots
+from tests.trainers.toy import dot_episode, write_dots
 from worldline import checkpoint
-from worldline.data import LeRobotDataset
+from worldline.data import UNKNOWN, LeRobotDataset, write_dataset
 from worldline.errors import WorldlineError
 from worldline.trainers import video_action
-from worldline.trainers.inputs import open_datasets
 from worldline.worldmodels.video_action import TrunkConfig, VideoActionConfig
 
 MODEL = {
@@ -66,17 +66,25 @@ def test_failures_and_video_are_not_acted_on(dots, patches, tmp_path):
     assert not part.acted and list(part.selection.episodes) == dataset.split("train")
 
 
-def test_a_batch_says_which_rows_may_be_asked_for_actions(dots, patches, tmp_path):
+def test_a_batch_says_which_rows_may_be_asked_for_actions_and_video_takes_its_share(dots, patches, tmp_path):
+    """However much video there is, of 600 clips about a fifth are video alone; so they are where it is told episode by episode."""
     from worldline.tokenizers import load_tokenizer
 
-    more = write_dots(tmp_path / "more", episodes=6)
-    selections = open_datasets((dots, more), "train")
-    parts = [video_action._Part(selection=s, acted=a, imitated=not a) for s, a in zip(selections, (True, False))]
+    episodes = [dot_episode(i, expert=i % 2 == 0) for i in range(40)]
+    unknown = [replace(e, provenance={**e.provenance, "actions": UNKNOWN}) for e in episodes[8:]]
+    write_dataset(tmp_path / "mixed", [*episodes[:8], *unknown], codec="libx264", crf=10, split_seed=9)
     options = {"frames": 4, "stride": 1, "device": "cpu", "progress": False}
-    clip, acted, imitated = video_action._Batches(parts, load_tokenizer(patches), **options).batch(0, 3, 64)
-    of_first = torch.tensor(video_action.share(selections, 0, 3, 64))
-    assert acted.tolist() == [True] * int(of_first[0]) + [False] * int(of_first[1]) and 0 < of_first[1] < 64
-    assert len(clip.poses) == 64 and torch.equal(imitated, ~acted)
+    for settings in (
+        config(dots, patches, tmp_path / "a", video=(write_dots(tmp_path / "more", episodes=90),), video_share=0.2),
+        config(tmp_path / "mixed", patches, tmp_path / "b", video_share=0.2),
+    ):
+        parts = video_action._parts(settings, "train", ["top"])
+        assert [p.acted for p in parts] == [True, False]
+        batches = video_action._Batches(parts, load_tokenizer(patches), video_share=settings.video_share, **options)
+        clip, acted, imitated = batches.batch(0, 3, 600)
+        assert len(clip.poses) == 600 and torch.equal(acted, imitated) and 0.12 < 1 - acted.float().mean() < 0.28
+        known = torch.isfinite(clip.actions).flatten(1).all(1)
+        assert bool(known[acted].all()) and (settings.video or torch.equal(known, acted))
 
 
 @pytest.mark.parametrize("design", ["uwm", "uva"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from jaxtyping import Float
 from torch import Tensor
 
 from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
@@ -97,12 +98,23 @@ def data_provenance(
     return found
 
 
-def share(selections: Sequence[Selection], seed: int, step: int, size: int) -> list[int]:
-    """How many of a batch's items each dataset gives: multinomial by its number of frames."""
+def frame_weights(
+    selections: Sequence[Selection], *, apart: Sequence[bool] = (), part: float | None = None
+) -> Float[Tensor, " d"]:
+    """How often each dataset is drawn from: by its number of frames; those `apart` together take `part` of the draws instead."""
     weights = torch.tensor([float(sum(s.dataset.length(i) for i in s.episodes)) for s in selections])
+    flags = torch.tensor(list(apart), dtype=torch.bool)
+    if part is not None and flags.any() and not flags.all():
+        weights[flags] *= part / weights[flags].sum()
+        weights[~flags] *= (1 - part) / weights[~flags].sum()
+    return weights
+
+
+def share(weights: Float[Tensor, " d"], seed: int, step: int, size: int) -> list[int]:
+    """How many of a batch's items each dataset gives: multinomial."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
     drawn = torch.multinomial(weights, size, replacement=True, generator=generator)
-    return torch.bincount(drawn, minlength=len(selections)).tolist()
+    return torch.bincount(drawn, minlength=len(weights)).tolist()
 
 
 def fit_normalizers(selections: Sequence[Selection]) -> tuple[RobustNormalizer, RobustNormalizer]:
@@ -125,7 +137,10 @@ def strided_numbers(selections: Sequence[Selection], stride: int) -> Iterator[tu
 
 
 class LatentBatches:
-    """Training clips of latents from one or several datasets, encoded once and cached on disk."""
+    """Training clips of latents from one or several datasets, encoded once and cached on disk.
+
+    `weights`: how often each is drawn from, by default by its number of frames.
+    """
 
     def __init__(
         self,
@@ -138,7 +153,9 @@ class LatentBatches:
         progress: bool,
         starts: float = 0.0,
         lead: int = 0,
+        weights: Float[Tensor, " d"] | None = None,
     ) -> None:
+        self.weights = frame_weights(selections) if weights is None else weights
         self.selections, self.frames, self.starts, self.lead = selections, frames, starts, lead
         self.caches = []
         for s in selections:
@@ -154,7 +171,7 @@ class LatentBatches:
         self.spec = replace(self.caches[0].spec, latent=tokenizer.latent_spec)
 
     def batch(self, seed: int, step: int, size: int) -> Clip:
-        counts = share(self.selections, seed, step, size)
+        counts = share(self.weights, seed, step, size)
         parts = [
             cache.batch(seed, step, count, self.frames, episodes=s.episodes, starts=self.starts, lead=self.lead)
             for cache, s, count in zip(self.caches, self.selections, counts)

@@ -17,6 +17,7 @@ from worldline.trainers.inputs import (
     claim_output,
     data_provenance,
     fit_normalizers,
+    frame_weights,
     load_finished_tokenizer,
     open_datasets,
     share,
@@ -38,14 +39,16 @@ class TrainVideoAction:
     """
 
     data: tuple[Path, ...]
-    """Dataset folders; several are mixed by their number of frames. Episodes that are video alone (`record --without-actions`) are
-    learned as such."""
+    """Dataset folders; several are mixed by their number of frames, but for episodes that are video alone (`record --without-actions`):
+    of those there are --video-share."""
     tokenizer: Path
     """Folder of a trained tokenizer. A copy is saved beside the model."""
     out: Path
     """Folder for the checkpoint. A run that was interrupted goes on there."""
     video: tuple[Path, ...] = ()
     """More dataset folders, whose actions are not looked at even if there are some."""
+    video_share: float = 0.2
+    """Share of a batch's clips that are video alone, however much of it there is: what it takes, acting loses."""
     stride: int = 1
     """Dataset frames per frame of the model; action blocks grow with it."""
     starts: float = 0.2
@@ -64,6 +67,8 @@ class TrainVideoAction:
     def __post_init__(self) -> None:
         if not 0 <= self.starts <= 1:
             raise ValueError(f"starts must be a share from 0 to 1, got {self.starts}")
+        if not 0 < self.video_share < 1:
+            raise ValueError(f"video_share must be between 0 and 1, got {self.video_share}")
         if self.max_episodes is not None and self.max_episodes < 1:
             raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}")
 
@@ -108,16 +113,17 @@ class _Part:
 class _Batches:
     """Clips, of which rows the actions are known, and which of those are to be imitated."""
 
-    def __init__(self, parts: Sequence[_Part], tokenizer: Tokenizer, **options: Any) -> None:
-        self.batches = LatentBatches([p.selection for p in parts], tokenizer, **options)
+    def __init__(self, parts: Sequence[_Part], tokenizer: Tokenizer, *, video_share: float, **options: Any) -> None:
+        selections = [p.selection for p in parts]
+        weights = frame_weights(selections, apart=[not p.acted for p in parts], part=video_share)
+        self.batches = LatentBatches(selections, tokenizer, weights=weights, **options)
         self.acted, self.imitated = torch.tensor([p.acted for p in parts]), torch.tensor([p.imitated for p in parts])
         self.spec = self.batches.spec
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Clip, Tensor, Tensor]:
         clip = self.batches.batch(seed, step, size)
-        counts = torch.tensor(share(self.batches.selections, seed, step, size))
-        acted, imitated = (x.repeat_interleave(counts) for x in (self.acted, self.imitated))
-        return clip, torch.isfinite(clip.actions).all(3).all(2).all(1) & acted, imitated
+        counts = torch.tensor(share(self.batches.weights, seed, step, size))
+        return clip, self.acted.repeat_interleave(counts), self.imitated.repeat_interleave(counts)
 
 
 class _VideoActionStage:
@@ -185,14 +191,16 @@ def _parts(config: TrainVideoAction, split: str, cameras: list[str]) -> list[_Pa
     options: dict[str, Any] = {"cameras": cameras, "max_episodes": config.max_episodes if split == "train" else None}
     parts = []
     for i, s in enumerate(open_datasets((*config.data, *config.video), split, **options)):
-        acted = config.stage == "joint" and i < len(config.data)
-        if not acted or config.demonstrations == "all":
-            parts.append(_Part(selection=s, acted=acted, imitated=acted))
-            continue
-        won = [n for n in s.episodes if s.dataset.episode(n).success]
-        for episodes, imitated in ((won, True), ([n for n in s.episodes if n not in won], False)):
+        acted = [n for n in s.episodes if config.stage == "joint" and i < len(config.data) and s.dataset.acts(n)]
+        imitated = [n for n in acted if config.demonstrations == "all" or s.dataset.episode(n).success]
+        kinds = (
+            (imitated, {"acted": True, "imitated": True}),
+            ([n for n in acted if n not in imitated], {"acted": True, "imitated": False}),
+            ([n for n in s.episodes if n not in acted], {"acted": False, "imitated": False}),
+        )
+        for episodes, known in kinds:
             if episodes:
-                parts.append(_Part(selection=replace(s, episodes=tuple(episodes)), acted=True, imitated=imitated))
+                parts.append(_Part(selection=replace(s, episodes=tuple(episodes)), **known))
     return parts
 
 
@@ -220,13 +228,14 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         "video-action",
         config,
         identity=(
-            *("data", "video", "tokenizer", "stride", "starts", "stage", "demonstrations"),
+            *("data", "video", "video_share", "tokenizer", "stride", "starts", "stage", "demonstrations"),
             *("model", "init_from", "max_episodes"),
         ),
         made_from={"tokenizer's weights": tokenizer.fingerprint},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {
+        "video_share": config.video_share,
         "frames": settings.history + settings.horizon,
         "stride": config.stride,
         "device": device,

@@ -313,7 +313,7 @@ def guided_table(config: MakeVideoAction, seed: int) -> str:
             seen, JOINT, seeds=torch.arange(n), guidance=guidance, score=block_score(guide, now) if guidance else None
         )
         chunk = made.actions.flatten(1, 2)[:, : guide.chunk_length]
-        likely = guide.log_prob(now, guide.reset(n), chunk) / chunk[0].numel()
+        likely = guide.log_prob(now, guide.reset(n), chunk).detach() / chunk[0].numel()
         frames = dream.tokenizer.decode({c: torch.cat([seen.frames[c].to(z), z], 1) for c, z in made.latents.items()})
         read, said = reader.read_video(frames).flatten(0, 1), made.actions.mean(2).flatten(0, 1)
         moves = recorded.std(0) > 1e-3

@@ -3,7 +3,7 @@
     python scripts/make_transition_models.py --out results-transitions
 
 One Meta-World task, scripted attempts and rollouts of a cloned policy. Three world models learn from the same latents for the same CPU time
-(--minutes of one thread each; a few steps are timed first): the `tiny` transformer, and the `tiny` EDM U-Net whose actions come two-hot
+(--minutes of one thread each; a few steps are timed first, of one U-Net for both): the `tiny` transformer, and the `tiny` EDM U-Net whose actions come two-hot
 or plain. All are measured by `worldline eval` on test episodes from starts that no training saw, and their reports kept. Everything is kept in
 --out, which may be that of make_refinement.py: data, tokenizer and scorer are then shared. Run the same command again after an interruption.
 Prints Markdown, and writes it to OUT/transitions.md.
@@ -58,7 +58,8 @@ def stage_of(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Any, An
 def trained(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Path, float]:
     """The arm's folder and the CPU seconds of one of its steps."""
     module, settings = stage_of(config, arm, seed)
-    seconds = seconds_a_step(module, settings)
+    # both U-Nets cost the same but for the moment's luck: their actions are compared at equal steps
+    seconds = seconds_a_step(*stage_of(config, "unet-two-hot" if arm == "unet-plain" else arm, seed))
     steps = max(20, round(60 * config.minutes / seconds))
     return train(module, replace(settings, loop=replace(settings.loop, steps=steps))), seconds
 

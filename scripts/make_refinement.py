@@ -7,7 +7,7 @@ imagined successes; and two controls that are given the real episodes the world 
 successes among them ("filtered-bc"), and implicit Q-learning. Last the first control after PPO in the dream: what a dream adds to
 the best that real data give without one. All act in the simulator from the same starts, which no training saw. World model and
 scorer learn from scripted episodes and from rollouts of a policy of another lineage, never of the refined one.
-Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md.
+Everything is kept in --out; run the same command again after an interruption. Prints Markdown, and writes it to OUT/tables.md (tables-unet.md).
 
 What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds, --budget or --jobs.
 """
@@ -36,7 +36,7 @@ from worldline.eval.intervals import newcombe_paired, wilson
 from worldline.policies import load_policy
 from worldline.rl_in_imagination.success import episode_success
 from worldline.rl_in_imagination.synthesis import SynthesisConfig
-from worldline.trainers import offline, policy, scorer, tokenizer, world_model
+from worldline.trainers import offline, policy, scorer, tokenizer, world_model, world_model_edm
 from worldline.trainers.loop import LoopConfig
 from worldline.trainers.refinement import RefineSettings
 
@@ -73,6 +73,8 @@ class MakeRefinement:
     test_episodes: int = 100
     frames: int = 41
     """Of an episode, in the dream and in the simulator."""
+    world_model: Literal["transformer", "unet"] = "transformer"
+    """The dream: the autoregressive transformer, or World4RL's U-Net with two-hot actions. Both may be made in one --out."""
     rl: RefineSettings = field(default_factory=RefineSettings)
     jobs: int = 1
     """Tasks and seeds at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
@@ -131,20 +133,31 @@ def train_scorer(config: MakeRefinement, task: str, seed: int) -> Path:
     )
 
 
+def dreamt(config: MakeRefinement, name: str, seed: int) -> str:
+    """The name of a folder of this kind of world model, or of what comes from its dreams."""
+    return f"{name}{'-unet' if config.world_model == 'unet' else ''}{seed}"
+
+
+def train_dream(config: MakeRefinement, task: str, seed: int) -> Path:
+    """The world model; the U-Net takes the more steps that it has time for, a step of it costs a fifth."""
+    home = config.out / task
+    unet = config.world_model == "unet"
+    module: Any = world_model_edm if unet else world_model
+    model = module.PRESETS["tiny"][1]["model"]
+    loop = replace(module.PRESETS["tiny"][1]["loop"], steps=steps(config, 15_000 if unet else 4000), seed=seed)
+    settings: dict[str, Any] = {"data": real(home), "tokenizer": home / "tok", "loop": loop}
+    settings["out"] = home / dreamt(config, "wm", seed)
+    if unet:
+        return train(
+            module, world_model_edm.TrainWorldModelEDM(model=replace(model, action_encoding="two-hot"), **settings)
+        )
+    return train(module, world_model.TrainWorldModel(model=model, **settings))
+
+
 def arms(config: MakeRefinement, task: str, seed: int) -> dict[str, Path]:
     """The policies of one task and seed."""
     home = config.out / task
-    judges = home / f"wm{seed}", home / f"success{seed}"
-    wm = world_model.PRESETS["tiny"][1]
-    settings = world_model.TrainWorldModel(
-        data=real(home),
-        tokenizer=home / "tok",
-        out=judges[0],
-        model=wm["model"],
-        loop=replace(wm["loop"], steps=steps(config, 4000), seed=seed),
-    )
-    train(world_model, settings)
-    train_scorer(config, task, seed)
+    judges = train_dream(config, task, seed), train_scorer(config, task, seed)
     cloned = clone(config, task, home / "demonstrations", home / f"cloned{seed}", seed=seed)
     longer = LoopConfig(steps=4 * of(config, task, config.policy_steps), batch_size=64, lr=1e-3, seed=seed)
     filtered = policy.TrainPolicy(
@@ -168,7 +181,7 @@ def fine_tune(config: MakeRefinement, task: str, cloned: Path, imagined: Path | 
     home = config.out / task
     settings = policy.TrainPolicy(
         data=(home / "demonstrations", imagined),
-        out=home / f"fine-tuned{seed}",
+        out=home / dreamt(config, "fine-tuned", seed),
         demonstrations="success",
         init_from=cloned,
         imagined_share=0.5,
@@ -180,12 +193,12 @@ def fine_tune(config: MakeRefinement, task: str, cloned: Path, imagined: Path | 
 def refine(config: MakeRefinement, task: str, arm: str, seed: int, start: Path) -> Path:
     """`start` after PPO in the dream of the task and seed; imagined and true success at every check are kept beside it."""
     home = config.out / task
-    out = home / f"{REFINED[arm][1]}{seed}"
+    out = home / dreamt(config, REFINED[arm][1], seed)
     if not (out / "report.json").is_file():
         run_refine(
             Refine(
                 policy=start,
-                world_model=home / f"wm{seed}",
+                world_model=home / dreamt(config, "wm", seed),
                 scorer=home / f"success{seed}",
                 data=real(home),
                 out=out,
@@ -200,7 +213,7 @@ def refine(config: MakeRefinement, task: str, arm: str, seed: int, start: Path) 
 
 def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path, Path], seed: int) -> Path | None:
     """The dataset of imagined successes; None where none was imagined, so that there is nothing to fine-tune on."""
-    out = home / f"imagined{seed}"
+    out = home / dreamt(config, "imagined", seed)
     settings = Synthesize(
         policies=(str(cloned), f"{cloned}@noise=0.3"),
         world_model=judges[0],
@@ -230,7 +243,7 @@ def cell(config: MakeRefinement, task: str, seed: int) -> dict[str, np.ndarray]:
 def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -> dict[str, np.ndarray]:
     """True success of every arm's episodes, from the same starts."""
     home = config.out / task
-    spec = load_dream(home / f"wm{seed}").spec
+    spec = load_dream(home / dreamt(config, "wm", seed)).spec
     settings = truth_settings(task, spec, episodes=config.test_episodes, frames=config.frames, seed=50 + seed)
     found = {}
     with Truth(settings, Kept(config.out / "truth")) as truth:
@@ -286,7 +299,7 @@ def curve_rows(config: MakeRefinement) -> list[str]:
     refined = [folders for arm, folders in REFINED.items() if arm in config.arms]
     for task in config.tasks:
         for seed, (started, folder) in product(range(config.seeds), refined):
-            report = report_results(config.out / task / f"{folder}{seed}")
+            report = report_results(config.out / task / dreamt(config, folder, seed))
             for r in report["truth"]["checked"]:
                 published = " (published)" if r["iteration"] == report["best_iteration"] else ""
                 low, high = r["true_interval"]
@@ -335,7 +348,7 @@ def main(config: MakeRefinement) -> None:
         ),
     ]
     text = "\n\n".join(sections) + "\n"
-    (config.out / "tables.md").write_text(text)
+    (config.out / f"tables{'-unet' if config.world_model == 'unet' else ''}.md").write_text(text)
     print(text)
 
 

@@ -22,7 +22,7 @@ from worldline.types import Clip, WorldSpec
 from worldline.worldmodels import AutoregressiveWorldModel
 
 T = TypeVar("T")
-TIMED = (40, 56)  # steps of the two short runs whose difference says what a step costs
+TIMED = (40, 120)  # steps of the two short runs whose difference says what a step costs
 
 
 def record(out: Path, world: str, episodes: int, **options: Any) -> Path:

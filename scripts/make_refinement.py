@@ -139,7 +139,7 @@ def dreamt(config: MakeRefinement, name: str, seed: int) -> str:
 
 
 def train_dream(config: MakeRefinement, task: str, seed: int) -> Path:
-    """The world model; the U-Net takes the more steps that it has time for, a step of it costs a fifth."""
+    """The world model. Both kinds train for about as long: a step of the U-Net costs a quarter of the transformer's."""
     home = config.out / task
     unet = config.world_model == "unet"
     module: Any = world_model_edm if unet else world_model

@@ -48,7 +48,7 @@ class TrainVideoAction:
     video: tuple[Path, ...] = ()
     """More dataset folders, whose actions are not looked at even if there are some."""
     video_share: float = 0.2
-    """Share of a batch's clips that are video alone, however much of it there is: what it takes, acting loses."""
+    """Share of a batch's clips that are video alone, however much of it there is: what it takes, acting loses. Not in stage video, where all are."""
     stride: int = 1
     """Dataset frames per frame of the model; action blocks grow with it."""
     starts: float = 0.2

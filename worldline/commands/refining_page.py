@@ -39,14 +39,12 @@ def refinement_page(report: Report, results: dict[str, Any], failures: list[str]
         [int(c["iteration"]), c["success"], f"[{c['low']:.2f}, {c['high']:.2f}]", c["smoothed"], c["real_kl"]]
         for c in checks
     ]
-    columns = [
-        "iteration",
-        "imagined success, held-out starts",
-        "95%",
-        "averaged with the checks beside it",
-        "nats from the cloned policy on real frames",
-    ]
-    report.table("Checks", columns, rows, note="The policy whose average is highest is the one in this folder.")
+    columns = ["iteration", "imagined success", "95%", "averaged", "nats from the cloned policy"]
+    note = (
+        "From held-out starts; nats a decision on real frames. The policy in this folder is the one whose success, averaged with the checks "
+        "beside it, is highest."
+    )
+    report.table("Checks", columns, rows, note=note)
 
 
 def _truth(report: Report, truth: dict[str, Any], best: int) -> None:

@@ -71,6 +71,9 @@ class MakePosttraining:
     variance of the actions it has seen (R2 0.93) and a third of those that it has not."""
     tests: int = 20
     """And those that judge, a task."""
+    scripted: str = "perturbed"
+    """Recording policy. Where actions follow from what is seen (mixed: a quarter are the expert's), an inverse model learns to read them off
+    one still frame, and its audit fails."""
     frames: int = 41
     tokenizer_steps: int = 1500
     ranked: str | None = "drawer-open-v3"
@@ -86,8 +89,8 @@ class MakePosttraining:
 
 def prepare(config: MakePosttraining) -> None:
     for task in config.tasks:
-        record(config.out / task / "data", f"metaworld/{task}", config.episodes, policy="mixed", seed=0)
-        record(config.out / task / "test", f"metaworld/{task}", config.tests, policy="mixed", seed=1000)
+        record(config.out / task / "data", f"metaworld/{task}", config.episodes, policy=config.scripted, seed=0)
+        record(config.out / task / "test", f"metaworld/{task}", config.tests, policy=config.scripted, seed=1000)
     loop = replace(tokenizer.PRESETS["tiny"][1]["loop"], steps=config.tokenizer_steps)
     train(tokenizer, tokenizer.TrainTokenizer(data=real(config), out=config.out / "tok", loop=loop))
     if config.ranked is not None:

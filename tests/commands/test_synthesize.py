@@ -68,15 +68,16 @@ def test_imagined_episodes_are_a_dataset(lab: Lab, worldline: Run, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("staged", [1, 4])  # in the first batch of three, in the second
 def test_an_interrupted_synthesis_goes_on_and_ends_alike(
-    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    staged: int, lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--make.keep", "all", "--threshold", 0.4]
     assert worldline(*command(lab, tmp_path / "whole", *options)).code == 0
     out, stage, calls = tmp_path / "cut", synthesizing._stage, []
 
     def cut(*args):
-        if len(calls) == 4:
+        if len(calls) == staged:
             raise KeyboardInterrupt
         calls.append(1)
         stage(*args)

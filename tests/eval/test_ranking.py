@@ -14,6 +14,7 @@ import torch
 import worldline.eval
 from worldline.errors import WorldlineError
 from worldline.eval import RankStatistics, mean_maximum_rank_violation, rank_statistics
+from worldline.eval.ranking import policy_table, summarize_ranking
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published_rankings.csv"
 SIX = [0.1, 0.25, 0.4, 0.55, 0.7, 0.9]
@@ -197,9 +198,10 @@ def test_bad_input_is_named(real: list, imagined: list, words: str) -> None:
         rank_statistics(real, imagined)
 
 
-def test_paired_needs_equal_shapes() -> None:
+def test_paired_needs_imagined_episodes_from_all_real_starts() -> None:
+    assert rank_statistics(outcomes(SIX, 10, 0), outcomes(SIX, 12, 1), paired=True).bias_interval_rollouts is not None
     with pytest.raises(WorldlineError, match="paired=True"):
-        rank_statistics(outcomes(SIX, 10, 0), outcomes(SIX, 12, 1), paired=True)
+        rank_statistics(outcomes(SIX, 12, 0), outcomes(SIX, 10, 1), paired=True)
     with pytest.raises(WorldlineError, match="paired=True"):
         rank_statistics(SIX, SIX, paired=True)
 
@@ -215,3 +217,34 @@ def test_every_public_name_resolves() -> None:
     assert callable(worldline.eval.rank_statistics)
     assert all(hasattr(worldline.eval, name) for name in worldline.eval.__all__)
     assert sorted(worldline.eval.__all__) == sorted(set(worldline.eval.__all__))
+
+
+def test_intervals_hold_where_starts_are_shared_and_dreams_are_more() -> None:
+    """50 true episodes and 100 dreams of six policies, as `rank` has by default; how hard a start is is the same to all of them."""
+    rng, base, held = np.random.default_rng(0), np.linspace(0.3, 0.7, 6), 0
+    for _ in range(100):
+        real, imagined = rng.random(50) < base[:, None], rng.random(100) < base[:, None]  # the true bias is 0
+        found = rank_statistics(real.astype(float), imagined.astype(float), paired=True, resamples=500)
+        assert found.bias_interval_rollouts is not None
+        held += 0.0 in found.bias_interval_rollouts
+    assert held >= 87  # 95 expected; three standard errors are 6.5
+
+
+def test_one_true_episode_gives_no_intervals_and_says_so() -> None:
+    found = rank_statistics(outcomes(SIX, 1, 0), outcomes(SIX, 20, 1), paired=True)
+    assert found.bias_interval_rollouts is None and any("two episodes" in note for note in found.notes)
+
+
+def test_dreaming_from_a_start_ten_times_is_no_more_evidence() -> None:
+    """Two policies that differ at two of ten starts: ten dreams of each start, all alike, separate them no better."""
+    once = torch.tensor([[0, 1] * 5, [0, 1] * 4 + [0, 0]], dtype=torch.float)
+    once[1, 1] = 0
+    few, many = (
+        summarize_ranking(["a", "b"], ["a", "b"], x[:, :, None].expand(-1, -1, 3), None, threshold=0.5, persist=2, correct_with=0, starts=10)
+        for x in (once, once.repeat(1, 10))
+    )  # fmt: skip
+    assert few.starts == many.starts == 10 and many.imagined.shape[1] == 100
+    assert [p.letters for p in many.contrasts.policies] == ["a", "a"]
+    one, other = policy_table(few)[0], policy_table(many)[0]
+    assert one["imagined"] == other["imagined"] and other["imagined_episodes"] == 100 and other["imagined_starts"] == 10
+    assert one["imagined_interval"] == other["imagined_interval"]

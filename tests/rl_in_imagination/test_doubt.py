@@ -10,7 +10,7 @@ from tests.policies.dots import small_policy, starts
 from worldline.diffusion import row_noise
 from worldline.rl_in_imagination.collect import collect
 from worldline.rl_in_imagination.doubt import Doubt, calibrate
-from worldline.rl_in_imagination.dream import Dream
+from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.types import Imagination
 
@@ -103,3 +103,25 @@ def test_an_episode_that_leaves_the_data_ends_as_a_failure(dream: Dream) -> None
     ended = two.left & two.live
     assert (two.pose[ended][:, 0] > KNOWN - 0.13).all() and (two.pose[ended][:, 0] < GOAL).all()
     assert (ended <= two.ended).all() and not (two.left & two.truncated).any()
+
+
+def test_a_check_counts_what_leaves_the_data_as_a_failure_too(dream: Dream) -> None:
+    """All reach the goal (x above 0.75) where the world model knows nothing: a check that is told so believes none of them."""
+    n = 8
+    options = {"frames": 12, "seeds": torch.arange(n), "actions": right(n, 11)}
+    exact = Dream(ExactDotWorldModel(dream.tokenizer), dream.tokenizer)
+    believed = rollout(exact, None, DotScorer(), starts(n), **options).probability
+    doubt = replace(Doubt.of(dream), limit=0.05)
+    doubted = rollout(
+        exact, None, DotScorer(), starts(n), leaves=lambda s, b: doubt.exceeded(s, b), **options
+    ).probability
+    assert (believed.amax(1) == 1).all() and (doubted == 0).all()
+    assert torch.equal(rollout(exact, None, DotScorer(), starts(n), leaves=lambda s, b: torch.zeros(n, dtype=torch.bool), **options).probability, believed)  # fmt: skip
+
+
+def test_what_comes_after_an_episode_s_end_does_not_set_the_limit(dream: Dream) -> None:
+    first, doubt = starts(8), Doubt.of(dream)
+    _, real = doubt.along(first, right(8, 6), seeds=torch.arange(8))
+    within = int((KNOWN - float(first.pose[:, 0].max())) / 0.12)  # frames for which all are known
+    found = calibrate(doubt, first, real, right(8, 6), ends=(max(1, within),) * 8)
+    assert found.limit < 0.05 < calibrate(doubt, first, real, right(8, 6)).limit

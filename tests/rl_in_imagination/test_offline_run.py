@@ -161,3 +161,9 @@ def test_what_cannot_be_is_refused() -> None:
     pixels = replace(real, spec=replace(SPEC, cameras=(CameraSpec(name="top", height=8, width=8),)))
     with pytest.raises(SpecMismatch, match="without cameras"):
         train_offline(pixels, TD3, CONFIG, seeds=(0,), progress=False)
+
+
+def test_what_the_policy_learned_is_in_the_history_though_it_learns_every_second_update() -> None:
+    history = run(TD3, replace(CONFIG, log_every=10), synthesise=None, evaluate=None).history
+    assert TD3.delay == 2 and {"train/q_loss", "train/policy_q", "train/policy_loss"} <= history.keys()
+    assert [at for at, _ in history["train/policy_loss"]] == [at for at, _ in history["train/q_loss"]]

@@ -60,9 +60,13 @@ def test_decisions_say_what_happened(decisions: Decisions) -> None:
     for row in range(n):  # no episode is longer than the horizon
         ends = [-1, *decisions.ended[row].nonzero().flatten().tolist()]
         assert all(b - a <= 6 for a, b in zip(ends, ends[1:]))
-    found = decisions.outcomes()
-    assert found["episodes"] == int(decisions.ended.sum())
-    assert found["success"] == float(decisions.terminated.sum()) / found["episodes"]
+
+
+def test_success_is_that_of_each_rows_first_episode(decisions: Decisions) -> None:
+    """A row has time for another only where the first was short: counting those too would count success twice."""
+    once = collect(world(rows=16, horizon=6), leaning(lean=0.6), where, decisions=6, seed=0, again=False)
+    assert decisions.ended.sum() > 16 and decisions.outcomes() == once.outcomes()
+    assert 0 < once.outcomes()["success"] < 1 and once.outcomes()["episodes"] == 16
 
 
 def test_a_decision_s_log_probability_is_that_of_its_choice(decisions: Decisions) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from tests.oracles import dot_clip, encoded
 from tests.rl_in_imagination.test_denoiser_grpo import follows, half_trained
+from worldline.errors import WorldlineError
 from worldline.rl_in_imagination.denoiser_grpo import GRPOConfig
-from worldline.trainers.posttraining import PosttrainSettings, best_of, opening, posttrain
+from worldline.trainers.posttraining import PosttrainSettings, best_of, check, opening, posttrain
 from worldline.worldmodels import AutoregressiveWorldModel
 
 GRPO = GRPOConfig(contexts=4, group=8, frames=3, minibatch=32, lr=1e-3, clip=1e-3, kl=0.0)
@@ -108,3 +109,11 @@ def test_settings_are_checked():
         PosttrainSettings(check_clips=2)
     with pytest.raises(ValueError, match="iterations must be at least 1"):
         PosttrainSettings(iterations=0)
+
+
+def test_clips_in_which_nothing_moves_cannot_tell_a_picture_from_a_worse_one(begun):
+    model, tokenizer = begun
+    clip = encoded(dot_clip(4, 16, 999), tokenizer)
+    still = replace(clip, frames={c: z[:, :1].expand_as(z) for c, z in clip.frames.items()})
+    with pytest.raises(WorldlineError, match="in none of 4 does a pixel change"):
+        check(model, tokenizer, agrees, agrees, still)

@@ -216,6 +216,16 @@ def test_a_cloned_policy_beats_the_mean_action(dots, tmp_path, kind):
     assert facts(tmp_path / "policy", "policy")["demonstrations"] == experts(dots)
 
 
+def test_a_demonstration_shorter_than_a_chunk_is_passed_over(dots, tmp_path):
+    episodes = [dot_episode(i, expert=True) for i in range(6)]
+    short = replace(episodes[0], actions=episodes[0].actions[:2], frames={"top": episodes[0].frames["top"][:3]}, poses=episodes[0].poses[:3],
+                    states=episodes[0].states[:3], frame_success=episodes[0].frame_success[:3], index=6)  # fmt: skip
+    data = write_dataset(tmp_path / "data", [*episodes, short], split_seed=9)
+    settings = {"policy": PolicyConfig(chunk=8, hidden=8, encoder=EYES), "loop": loop(2, batch_size=4)}
+    policy.run(policy.TrainPolicy(data=(data,), out=tmp_path / "bc", demonstrations="all", **settings), progress=False)
+    assert ClonedPolicy.from_pretrained(tmp_path / "bc").config.chunk == 8
+
+
 def test_too_few_demonstrations_are_told(dots, tmp_path):
     found = experts(dots)
     config = policy.TrainPolicy(data=(dots,), out=tmp_path / "policy", episodes=found + 1)

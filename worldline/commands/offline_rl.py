@@ -86,6 +86,13 @@ class OfflineRL:
             raise ValueError(
                 "--reach-aware is of TD3+BC (--agent td3bc); IQL asks its critics of recorded actions only"
             )
+        chosen, usual = self.td3bc, TD3BCConfig()
+        for name in ("critics", "diversity", "maximise"):
+            if self.reach_aware and getattr(chosen, name) != getattr(usual, name):
+                raise ValueError(
+                    f"--reach-aware sets --td3bc.{name} itself, got {getattr(chosen, name)}: leave one of the two out (the least of the "
+                    "critics is what --td3bc.maximise least follows)"
+                )
 
 
 def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:

@@ -157,9 +157,11 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
         )
         if truth is not None:
             starts, frames = truth.starts(), truth.settings.frames
+            distinct = len(starts)
         else:
             every = join_replays(replays)  # the config requires --data without --truth
             starts, frames = _repeat(every.first, config.imagined_episodes), every.poses.shape[1]
+            distinct = min(len(every.first), len(starts))
         true = _simulate(config, truth, policies, progress) if truth is not None else None
         imagined = _imagine(config, judges, policies, starts, frames, progress)
         diagnostic = _replay(config, judges, replays, progress)
@@ -172,6 +174,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
             threshold=threshold,
             persist=scorer.config.persist,
             correct_with=config.correct_with,
+            starts=distinct,
             seed=config.seed,
         )
         results = _results(config, ranked, diagnostic, threshold, frames) | {
@@ -241,7 +244,7 @@ def _load_replays(config: Rank, dream: Dream) -> list[Replays]:
     parts = []
     for dataset, stride in [open_for(dream.spec, folder) for folder in config.data]:
         chosen = dataset.split(config.replays)
-        parts.append(load_replays(dataset, chosen, cameras=cameras, frames=config.frames, stride=stride))
+        parts.append(load_replays(dataset, chosen, cameras=cameras, frames=config.frames, stride=stride, held=True))
     return parts
 
 

@@ -32,11 +32,17 @@ def ranking_page(
         report.warning(warning)
     rows = results["policies"]
     best = rows[0]
+    again = best["imagined_starts"] < best["imagined_episodes"]
     report.text(
         f"**{best['policy']}** looks best in imagination: {best['imagined']:.0%} of {best['imagined_episodes']} imagined "
         f"episodes succeed (95% interval {_span(best['imagined_interval'])}). Policies that share a letter cannot be told "
-        "apart with this many episodes."
+        f"apart with this many {'starts' if again else 'episodes'}."
     )
+    if again:
+        report.warning(
+            f"The {best['imagined_episodes']} imagined episodes of a policy begin at {best['imagined_starts']} real frames, each dreamt from "
+            "several times. Dreams from one start hardly differ: intervals and letters count starts. More --data gives more of them."
+        )
     columns = ["policy", "imagined success", "95% interval", "letters", "actions clipped"]
     clipped = {r["policy"]: r["outside"] / r["values"] for r in results["actions_out_of_range"]}
     cells = [
@@ -70,8 +76,8 @@ def ranking_page(
     _correction(report, ranked)
     needed = [[n.a, n.b, n.difference, n.total] for n in ranked.contrasts.neighbours]
     report.table(
-        "Imagined rollouts each that would separate neighbours (80% power)",
-        ["policy", "next", "difference", "rollouts"],
+        f"Imagined {'starts' if again else 'rollouts'} each that would separate neighbours (80% power)",
+        ["policy", "next", "difference", "starts" if again else "rollouts"],
         needed,
     )
     if diagnostic is not None:

@@ -12,7 +12,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, identity_of, weights_of
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, fingerprint_of, identity_of, weights_of
 from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
@@ -219,7 +219,7 @@ def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progre
                 config.sampling(),
                 frames,
             ]
-            said = episode_probability(kept([*key, settings.seeds], imagine)["probability"], persist=persist)
+            said = episode_probability(kept([*key, fingerprint_of(starts)], imagine)["probability"], persist=persist)
             said = said > judges.threshold
             between, failed = wilson(int(true.sum()), len(true)), int((~true).sum())
             rows.append(

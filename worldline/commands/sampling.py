@@ -62,7 +62,7 @@ def calibrate_doubt(doubt: Doubt, replays: Replays, *, batch: int = 32, progress
     """Its limit and its worth, from dreams of real episodes under their own actions."""
     real = {c: x[:, 1:] for c, x in replays.frames.items()}
     shown = "calibrate doubt" if progress else None
-    return calibrate(doubt, replays.first, real, replays.actions, batch=batch, progress=shown)
+    return calibrate(doubt, replays.first, real, replays.actions, ends=replays.ends, batch=batch, progress=shown)
 
 
 def _require_settings(folder: Path, model: TrainedWorldModel, sampling: Mapping[str, Any]) -> None:

@@ -171,7 +171,9 @@ def _notes(config: Synthesize, writer: DatasetWriter, threshold: float) -> dict[
     }
     path = writer.staging / NOTES
     if not path.is_file():
-        return {"settings": settings, "scores": [], "policies": [], "kept": 0}
+        notes = {"settings": settings, "scores": [], "policies": [], "kept": 0}
+        write_json(path, notes)  # before the first episode is staged
+        return notes
     notes = read_json(path)
     if different := [name for name in settings if settings[name] != notes["settings"].get(name)]:
         raise DatasetError(

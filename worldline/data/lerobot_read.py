@@ -127,6 +127,10 @@ class LeRobotDataset:
         """Frames of episode `index`."""
         return int(self._row(index)["length"])
 
+    def terminated(self, index: int) -> bool:
+        """Whether episode `index` came to an end of its own (success, a fall), rather than being cut."""
+        return bool(self._row(index)["terminated"])
+
     def acts(self, index: int) -> bool:
         """Whether the actions of episode `index` are known. Those of video alone (`record --without-actions`) are not."""
         return self._row(index)["provenance"].get("actions") != UNKNOWN

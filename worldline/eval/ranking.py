@@ -58,7 +58,7 @@ def imagine_replays(
         batch=batch,
         progress="replay held-out episodes" if progress else None,
     )
-    return made.probability
+    return replays.held(made.probability)
 
 
 def replay_diagnostic(scorer: SuccessScorer, replays: Replays, probability: Float[Tensor, "n t"]) -> ReplayDiagnostic:
@@ -68,9 +68,10 @@ def replay_diagnostic(scorer: SuccessScorer, replays: Replays, probability: Floa
     """
     assert replays.frame_success is not None, "replays with success labels are required"
     n, persist = len(probability), scorer.config.persist
-    truth = episode_success(replays.frame_success, persist=persist)
-    imagined = episode_probability(probability, persist=persist)
-    real = episode_probability(score_frames(scorer, replays.frames, replays.instruction), persist=persist)
+    truth = episode_success(replays.held(replays.frame_success, beyond=persist - 1), persist=persist)
+    imagined = episode_probability(replays.held(probability, beyond=persist - 1), persist=persist)
+    seen = score_frames(scorer, replays.frames, replays.instruction)
+    real = episode_probability(replays.held(seen, beyond=persist - 1), persist=persist)
     kinds = min(int(truth.sum()), int((~truth).sum()))
     calibration, between, source = (
         scorer_calibration(imagined, truth, threshold=scorer.config.threshold),
@@ -121,6 +122,7 @@ class Ranked:
     probability: Float[Tensor, "policies n t"]  # scorer's word on each imagined frame
     level: Float[Tensor, "policies n"]  # the highest that each episode kept up
     imagined: Bool[Tensor, "policies n"]  # level above the threshold
+    starts: int  # that are distinct; n where each is dreamt from once
     truth: Bool[Tensor, "policies r"] | None
     contrasts: PolicyContrasts
     statistics: RankStatistics | None
@@ -136,6 +138,7 @@ def summarize_ranking(
     threshold: float,
     persist: int,
     correct_with: int,
+    starts: int | None = None,
     seed: int = 0,
 ) -> Ranked:
     """Episode outcomes by one rule in both worlds, then every statistic.
@@ -144,10 +147,14 @@ def summarize_ranking(
         probability: imagined success probabilities; the first r starts are those of `frame_success`.
         frame_success: true success of every frame, or None.
         correct_with: real rollouts a policy that the bias correction may use.
+        starts: how many starts the imagined episodes go round (default: each is dreamt from once). Dreams from one start hardly
+            differ, so it is starts that count as evidence.
     """
     level = torch.stack([episode_probability(p, persist=persist) for p in probability])
     imagined = level > threshold
-    contrasts = policy_contrasts(imagined.float().numpy(), names=list(names), paired=True)
+    starts = min(starts or imagined.shape[1], imagined.shape[1])
+    by_start = torch.stack([imagined[:, s::starts].double().mean(1) for s in range(starts)], 1)
+    contrasts = policy_contrasts(by_start.numpy(), names=list(names), paired=True)
     if frame_success is None:
         return Ranked(
             names=tuple(names),
@@ -155,13 +162,13 @@ def summarize_ranking(
             probability=probability,
             level=level,
             imagined=imagined,
+            starts=starts,
             truth=None,
             contrasts=contrasts,
             statistics=None,
             corrected=None,
         )
     truth = torch.stack([episode_success(s, persist=persist) for s in frame_success])
-    same = imagined.shape[1] == truth.shape[1]
     statistics = None
     if len(names) >= 3:
         statistics = rank_statistics(
@@ -169,7 +176,7 @@ def summarize_ranking(
             imagined.float().numpy(),
             names=list(names),
             lineages=list(lineages),
-            paired=same,
+            paired=True,
             seed=seed,
         )
     return Ranked(
@@ -178,6 +185,7 @@ def summarize_ranking(
         probability=probability,
         level=level,
         imagined=imagined,
+        starts=starts,
         truth=truth,
         contrasts=contrasts,
         statistics=statistics,
@@ -231,8 +239,9 @@ def policy_table(ranked: Ranked, threshold: Interval | None = None) -> list[dict
             "policy": ranked.names[i],
             "lineage": ranked.lineages[i],
             "imagined": hits / n,
-            "imagined_interval": to_json(wilson(hits, n)),
+            "imagined_interval": to_json(wilson(hits * ranked.starts / n, ranked.starts)),
             "imagined_episodes": n,
+            "imagined_starts": ranked.starts,
             "letters": letters[ranked.names[i]],
         }
         if threshold is not None:

@@ -14,6 +14,7 @@ from worldline.checkpoint import to_json
 from worldline.errors import WorldlineError
 from worldline.eval.correlation import pearson_draws
 from worldline.eval.rank_violation import mean_maximum_rank_violation
+from worldline.eval.rollout_noise import shared_rates
 
 Rates = Float[np.ndarray, "*draws policies"]
 MEASURES: Mapping[str, Callable[[Rates, Rates], np.ndarray]] = {
@@ -71,26 +72,19 @@ def ranking_change(
             "the same three policies or more, judged by both models from the same starts, which hold the true ones, are required; got true "
             f"outcomes {real.shape}, imagined {before.shape} and {after.shape} (policies, episodes)"
         )
-    rng = np.random.default_rng(seed)
-    shared = rng.integers(r, size=(resamples, r))
-    alone = r + rng.integers(max(1, n - r), size=(resamples, n - r))
-    every = np.concatenate([shared, alone], 1)
-    true = _rates(real, shared)
+    true, earlier, later = shared_rates(
+        *(x.astype(float) for x in (real, before, after)), resamples=resamples, seed=seed
+    )
     found = {}
     for name, measure in MEASURES.items():
         first, last = (float(measure(real.mean(1), made.mean(1))) for made in (before, after))
-        change = measure(true, _rates(after, every)) - measure(true, _rates(before, every))
+        change = measure(true, later) - measure(true, earlier)
         known = change[np.isfinite(change)]
         ends = [None, None]
         if len(known) >= 0.5 * resamples:
             ends = [float(q) for q in np.quantile(known, [(1 - level) / 2, (1 + level) / 2])]
         found[name] = Changed(before=_defined(first), after=_defined(last), low=ends[0], high=ends[1])
     return RankingChange(policies=names, episodes=r, level=level, measures=found)
-
-
-def _rates(outcomes: Float[np.ndarray, "policies n"], index: np.ndarray) -> Rates:
-    """Success rates "draws policies" of resampled episodes "draws _"."""
-    return outcomes.astype(float)[:, index].mean(-1).T
 
 
 def _defined(value: float) -> float | None:

@@ -101,8 +101,8 @@ def rank_statistics(
             the rollout intervals. Rates with `real_counts` and `imagined_counts` add them too (binomial).
         names: of the policies, for the report.
         lineages: the training run each policy comes from; checkpoints of one run are not independent evidence.
-        paired: column e is the same initial state for every policy, real and imagined, and is resampled as one.
-            Default: True where both shapes agree.
+        paired: column e is the same initial state for every policy, real and imagined, and is resampled as one; imagined episodes
+            may go on from starts that have no real ones. Default: True where both shapes agree.
         level: of every interval.
         resamples: bootstrap resamples and simulated draws.
 

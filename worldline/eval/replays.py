@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from worldline.data import LeRobotDataset, require_actions, strided
@@ -27,6 +27,9 @@ class Replays:
     frame_success: Tensor | None  # "n t" bool; None if any episode has no labels
     states: Float[Tensor, "n t s"]
     causes: tuple[str, ...]
+    ends: tuple[
+        int | None, ...
+    ] = ()  # the frame at which each terminated, after which its last frame stands; None: it goes on
     hidden: tuple[str, ...] = ()  # cameras that a dream is not shown, though they are there to compare with
     noisy: Mapping[str, float] = field(
         default_factory=dict
@@ -37,6 +40,16 @@ class Replays:
         """What dreams of these episodes begin with."""
         shown = {c: _grainy(x[:, 0], self.noisy.get(c, 0.0)) for c, x in self.frames.items() if c not in self.hidden}
         return Observation(images=shown, pose=self.poses[:, 0], instruction=self.instruction)
+
+    def held(self, values: Shaped[Tensor, "n t"], *, beyond: int = 0) -> Shaped[Tensor, "n t2"]:
+        """Values of frames, those after an episode's end replaced by that at its end, and `beyond` more of them.
+
+        Nothing undoes what an episode ended with. Of one that goes on nothing is known beyond: 0.
+        """
+        n, t = values.shape
+        ends = torch.tensor([t + beyond if end is None else end for end in self.ends or (None,) * n])
+        index = torch.minimum(torch.arange(t + beyond).expand(n, -1), ends[:, None])
+        return values.gather(1, index.clamp(max=t - 1)) * (index < t).to(values.dtype)
 
 
 def _grainy(images: UInt8[Tensor, "n c h w"], std: float) -> UInt8[Tensor, "n c h w"]:
@@ -55,14 +68,20 @@ def load_replays(
     frames: int | None,
     stride: int = 1,
     acting: bool = True,
+    held: bool = False,
 ) -> Replays:
     """Episodes of at least `frames` frames (default: the shortest), from their first frame on.
+
+    With `held` an episode that terminated earlier stays as it ended (and repeats its last actions), and the default is the shortest of those
+    that did not: simulators that end at success would else leave their fastest success to say how long an episode is.
 
     Raises `DatasetError` if none is long enough, or if actions are not known; without `acting` those are NaN then.
     """
     lengths = [(dataset.length(i) - 1) // stride + 1 for i in episodes]
-    t = frames or min(lengths, default=0)
-    chosen = [i for i, length in zip(episodes, lengths) if length >= t]
+    over = [held and dataset.terminated(i) for i in episodes]
+    going = [length for length, ended in zip(lengths, over) if not ended]
+    t = frames or min(going, default=max(lengths, default=0))
+    chosen = [i for i, length, ended in zip(episodes, lengths, over) if length >= t or (ended and length >= 2)]
     if not chosen or t < 2:
         raise DatasetError(
             f"{dataset.root}: episodes of at least {max(t, 2)} frames required, the longest has {max(lengths, default=0)}"
@@ -71,22 +90,42 @@ def load_replays(
         require_actions(dataset, chosen)
     read = [dataset.episode(i) for i in chosen]
     k = read[0].actions.shape[1] * stride
-    rows = slice(0, (t - 1) * stride + 1, stride)
     labels = [e.frame_success for e in read]
     success = None
     if all(label is not None for label in labels):
         # a strided frame is a success if any frame since the one before it was
-        success = torch.stack([_strided_any(label, stride)[:t] for label in labels if label is not None])
+        done = [_strided_any(label, stride) for label in labels if label is not None]
+        for i, label, seen in zip(chosen, labels, done):
+            if held and label is not None and dataset.terminated(i):
+                seen[-1] |= label[-1]  # it ended between two strided frames
+        success = torch.stack([_first(seen, t) for seen in done])
+
+    def video(frames: Any) -> Tensor:
+        stop = min((t - 1) * stride + 1, (len(frames) - 1) // stride * stride + 1)
+        return _first(frames[0:stop][::stride], t)
+
+    last = [(dataset.length(i) - 1) // stride for i in chosen]
     return Replays(
         episodes=tuple(chosen),
-        frames={c: torch.stack([e.frames[c][0 : rows.stop][::stride] for e in read]) for c in cameras},
-        poses=torch.stack([e.poses[rows] for e in read]),
-        actions=torch.stack([e.actions[: (t - 1) * stride].reshape(t - 1, k, -1) for e in read]),
+        frames={c: torch.stack([video(e.frames[c]) for e in read]) for c in cameras},
+        poses=torch.stack([_first(e.poses[::stride], t) for e in read]),
+        actions=torch.stack([_first(_blocks(e.actions, stride, k), t - 1) for e in read]),
         instruction=tuple(e.instruction for e in read),
         frame_success=success,
-        states=torch.stack([e.states[rows] for e in read]),
+        states=torch.stack([_first(e.states[::stride], t) for e in read]),
         causes=tuple(e.provenance.get("cause", "unknown") for e in read),
+        ends=tuple(at if held and dataset.terminated(i) and at < t else None for i, at in zip(chosen, last)),
     )
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first rows; where there are fewer, the last again and again."""
+    return rows[torch.arange(count).clamp(max=len(rows) - 1)]
+
+
+def _blocks(actions: Float[Tensor, "t k a"], stride: int, k: int) -> Float[Tensor, "t2 k2 a"]:
+    """The whole blocks between strided frames, of k actions each."""
+    return actions[: len(actions) // stride * stride].reshape(-1, k, actions.shape[-1])
 
 
 def join_replays(parts: Sequence[Replays]) -> Replays:
@@ -103,6 +142,11 @@ def join_replays(parts: Sequence[Replays]) -> Replays:
         frame_success=torch.cat(labels) if len(labels) == len(parts) else None,
         states=torch.cat([part.states[:, :t, : None if alike else 0] for part in parts]),
         causes=tuple(cause for part in parts for cause in part.causes),
+        ends=tuple(
+            None if end is None or end >= t else end
+            for part in parts
+            for end in part.ends or (None,) * len(part.episodes)
+        ),
     )
 
 
@@ -115,12 +159,14 @@ def open_for(spec: WorldSpec, data: Path) -> tuple[LeRobotDataset, int]:
 
 
 def load_starts(data: Sequence[Path], split: str, dream: Dream, *, frames: int | None = 2) -> Replays:
-    """Episodes of a split, `frames` frames of each (the shortest's: None), as the world model sees them."""
+    """Episodes of a split, `frames` frames of each (the shortest's: None), as the world model sees them; those that ended stay so."""
     cameras = [c.name for c in dream.spec.cameras]
     parts = []
     for folder in data:
         dataset, stride = open_for(dream.spec, folder)
-        parts.append(load_replays(dataset, dataset.split(split), cameras=cameras, frames=frames, stride=stride))
+        parts.append(
+            load_replays(dataset, dataset.split(split), cameras=cameras, frames=frames, stride=stride, held=True)
+        )
     return parts[0] if len(parts) == 1 else join_replays(parts)
 
 

@@ -32,6 +32,9 @@ def rollout_level(
             raise WorldlineError("paired=True: episode outcomes 'policies episodes' required, got rates.")
         notes.append("no rollout intervals: pass episode outcomes, or rates with real_counts and imagined_counts")
         return {}
+    if min(*real.counts, *imagined.counts) < 2:
+        notes.append("no rollout intervals: they need two episodes a policy")
+        return {}
     x, y, method = _resampled_rates(real, imagined, paired, resamples, seed)
     perfect = perfect_model_draws(real.rates, real.counts, imagined.counts, draws=resamples, seed=seed)
     real_draws = np.broadcast_to(real.rates, perfect.shape)
@@ -75,16 +78,28 @@ def _resampled_rates(
         ]
         return draws[0], draws[1], f"binomial resampling of the rates, {resamples} draws"
     a, b = real.rectangular, imagined.rectangular
-    same = a is not None and b is not None and a.shape == b.shape
-    if paired and not same:
-        raise WorldlineError("paired=True: the same number of episodes for every policy, real and imagined, required.")
-    if a is not None and b is not None and same and paired is not False:
-        index = np.arange(a.shape[1])
-        means: Callable[..., np.ndarray] = lambda e, axis: np.concatenate([a[:, e], b[:, e]]).mean(-1)  # noqa: E731
-        draws = bootstrap_distribution((index,), means, resamples=resamples, seed=seed)
-        method = f"percentile bootstrap over initial states, paired, {resamples} resamples"
-    else:
-        means = lambda *samples, axis: np.stack([sample.mean(axis) for sample in samples])  # noqa: E731
-        draws = bootstrap_distribution((*real.episodes, *imagined.episodes), means, resamples=resamples, seed=seed)
-        method = f"percentile bootstrap over episodes, unpaired, {resamples} resamples"
+    if paired and (a is None or b is None or a.shape[1] > b.shape[1]):
+        raise WorldlineError(
+            "paired=True: one number of episodes for every policy required, and imagined ones from all starts of the real ones."
+        )
+    if a is not None and b is not None and (paired or (paired is None and a.shape == b.shape)):
+        x, y = shared_rates(a, b, resamples=resamples, seed=seed)
+        return x, y, f"percentile bootstrap over initial states, paired, {resamples} resamples"
+    means: Callable[..., np.ndarray] = lambda *samples, axis: np.stack([s.mean(axis) for s in samples])  # noqa: E731
+    draws = bootstrap_distribution((*real.episodes, *imagined.episodes), means, resamples=resamples, seed=seed)
+    method = f"percentile bootstrap over episodes, unpaired, {resamples} resamples"
     return draws[: len(real)].T, draws[len(real) :].T, method
+
+
+def shared_rates(real: np.ndarray, *imagined: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Rates "draws policies" of real episodes "policies r" and of imagined ones "policies n" under other initial states.
+
+    The first r of the n starts are the real ones'. Those are drawn anew as one for all policies, real and imagined, and so are the others
+    for all policies: what a start adds to all of them stays in what they differ by.
+    """
+    r, n = real.shape[1], imagined[0].shape[1]
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(r, size=(resamples, r))
+    alone = r + rng.integers(max(1, n - r), size=(resamples, n - r))
+    every = np.concatenate([shared, alone], 1)
+    return tuple(x[:, rows].mean(-1).T for x, rows in ((real, shared), *((x, every) for x in imagined)))

@@ -69,10 +69,12 @@ class Decisions:
         )
 
     def outcomes(self) -> dict[str, float]:
-        """Of the episodes that ended: how many there were, and the shares that succeeded and that left the data (NaN if none ended)."""
-        count = int((self.ended & self.live).sum())
-        won = float((self.terminated & self.live).sum())
-        left = float((self.left & self.live).sum())
+        """Of each row's first episode: how many ended, and the shares of those that succeeded and that left the data (NaN if none ended).
+
+        Later ones do not count: a row has time for another only where the first was short, and it is seen to its end only if it is short too.
+        """
+        first = self.ended & self.live & (self.ended.cumsum(1) == 1)
+        count, won, left = (int(x.sum()) for x in (first, self.terminated & first, self.left & first))
         return {
             "episodes": float(count),
             "success": won / count if count else float("nan"),

@@ -5,12 +5,13 @@ The distance of two denoisings, in whitened latents, is the doubt of a frame. It
 under their own actions: rollouts that doubt more than those do have left the data, and end there (as MOReL 2005.05951 ends them).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
@@ -51,6 +52,10 @@ class Doubt:
             found.append(torch.cat([z.flatten(1) for z in whiten(made, spec.latent).values()], 1))
         return (found[0] - found[1]).square().mean(1).sqrt().cpu()
 
+    def exceeded(self, state: DreamState, blocks: Float[Tensor, "n k a"]) -> Bool[Tensor, " n"]:
+        """Where it doubts more than its limit."""
+        return self(state, blocks) > self.limit
+
     def along(
         self, first: Observation, actions: Float[Tensor, "n t k a"], *, seeds: Tensor, progress: str | None = None
     ) -> tuple[Float[Tensor, "n t"], dict[str, Tensor]]:
@@ -84,6 +89,7 @@ def calibrate(
     real: dict[str, Tensor],
     actions: Float[Tensor, "n t k a"],
     *,
+    ends: Sequence[int | None] = (),
     quantile: float = 0.95,
     batch: int = 32,
     progress: str | None = None,
@@ -92,6 +98,7 @@ def calibrate(
 
     Args:
         real: camera -> "n t c h w", the frames that the actions truly led to.
+        ends: the frame (0: the first) at which an episode terminated; None: it goes on. What would come after does not count.
     """
     n = len(actions)
     doubts, errors = [], []
@@ -102,7 +109,9 @@ def calibrate(
         doubts.append(found)
         missed = [(x.float() - real[c][rows].float()).square().flatten(2).mean(2) for c, x in made.items()]
         errors.append(torch.stack(missed).mean(0))
-    every, error = torch.cat(doubts), torch.cat(errors)
+    last = torch.tensor([actions.shape[1] if end is None else end for end in ends or (None,) * n]) - 1
+    index = torch.minimum(torch.arange(actions.shape[1]).expand(n, -1), last[:, None])
+    every, error = torch.cat(doubts).gather(1, index), torch.cat(errors).gather(1, index)
     at_frames = [_rank_correlation(every[:, i], error[:, i]) for i in range(every.shape[1])]
     defined = [found for found in at_frames if found is not None]
     limit = float(every.amax(1).quantile(quantile))

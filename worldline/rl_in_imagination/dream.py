@@ -5,7 +5,7 @@ from a simulator: the same `Observation`, the same executor, images rounded to e
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +133,10 @@ class Dream:
         return replace(state, world=world, observation=observation)
 
 
+Leaves = Callable[[DreamState, Float[Tensor, "n k a"]], Bool[Tensor, " n"]]
+"""Which rows leave, by these blocks, what their world model knows (`Doubt.exceeded`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
     """n imagined episodes of t frames, the first one real."""
@@ -153,11 +157,12 @@ def rollout(
     seeds: Int[Tensor, " n"],
     actions: Float[Tensor, "n t k a"] | None = None,
     keep_frames: bool = False,
+    leaves: Leaves | None = None,
     batch: int = 32,
     progress: str | None = None,
 ) -> Rollouts:
     """Imagine `frames` frames from each start: under a policy, under given actions, or, with neither, whatever may follow by the
-    instruction alone (`Dream.step`).
+    instruction alone (`Dream.step`). From the frame on at which a row `leaves` what the model knows, its success probability is 0.
 
     Raises `SpecMismatch` if the policy or the scorer requires cameras, actions or rates that the world model does not
     provide.
@@ -179,7 +184,16 @@ def rollout(
         for rows in groups:
             given = None if actions is None else actions[rows]
             part = _rollout(
-                dream, executor, scorer, index_observation(starts, rows), frames, seeds[rows], given, keep_frames, bar
+                dream,
+                executor,
+                scorer,
+                index_observation(starts, rows),
+                frames,
+                seeds[rows],
+                given,
+                keep_frames,
+                leaves,
+                bar,
             )
             parts.append(part)
     return Rollouts(
@@ -199,6 +213,7 @@ def _rollout(
     seeds: Tensor,
     actions: Tensor | None,
     keep_frames: bool,
+    leaves: Leaves | None,
     bar: tqdm,
 ) -> Rollouts:
     timer = dream.timer
@@ -206,6 +221,7 @@ def _rollout(
     acting = None if executor is None else executor.reset(len(starts))
     scoring = None if scorer is None else scorer.reset(len(starts))
     seen, sent, probability, block = [state.observation], [], [], None
+    left = torch.zeros(len(starts), dtype=torch.bool)
     for i in range(frames):
         if i:
             if executor is not None:
@@ -214,6 +230,8 @@ def _rollout(
                     block, acting = executor.block(state.observation, acting, seeds=seeds)
             elif actions is not None:
                 block = actions[:, i - 1]
+            if leaves is not None and block is not None:
+                left = left | leaves(state, block)
             state = dream.step(state, block)
             if block is not None:
                 sent.append(block)
@@ -222,7 +240,7 @@ def _rollout(
         if scorer is not None:
             with timer("scorer"):
                 scoring, score = scorer.step(scoring, state.observation, block)
-            probability.append(score.success)
+            probability.append(torch.where(left, 0, score.success.cpu()))
     none = torch.zeros(len(starts), frames)
     kept = {c: torch.stack([o.images[c] for o in seen], 1) for c in state.observation.images} if keep_frames else {}
     return Rollouts(

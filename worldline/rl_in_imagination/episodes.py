@@ -108,7 +108,7 @@ class ImaginedEpisodes:
         left = torch.zeros(self.rows, dtype=torch.bool)
         if self.doubt is not None:
             with self.dream.timer("doubt"):
-                left = self.doubt(self.state, blocks) > self.doubt.limit
+                left = self.doubt.exceeded(self.state, blocks)
         self.state = self.dream.step(self.state, blocks)
         with self.dream.timer("scorer"):
             self._scoring, score = self.scorer.step(self._scoring, self.state.observation, blocks)

@@ -90,9 +90,9 @@ def chunks(length: int):
         flat = episode.actions.flatten(0, 1)
         k = episode.actions.shape[1]
         times = torch.arange(max(0, (len(flat) - length) // k + 1))
-        return times, torch.stack([flat[t * k : t * k + length] for t in times.tolist()]) if len(times) else flat[
-            :0, None
-        ]
+        if not len(times):  # shorter than a chunk: nothing to learn from
+            return times, flat.new_zeros(0, length, flat.shape[1])
+        return times, torch.stack([flat[t * k : t * k + length] for t in times.tolist()])
 
     return target
 

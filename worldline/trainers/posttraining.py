@@ -19,6 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from worldline.errors import WorldlineError
 from worldline.eval.frechet import latent_frechet_distance, pooled_latents
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.video_metrics import compare_videos
@@ -165,7 +166,12 @@ def check(model: Any, tokenizer: Tokenizer, reward: Reward, judge: Reward, clip:
         metrics = compare_videos(real[camera][:, 1:].cpu(), video[:, 1:].cpu(), real[camera][:, 0].cpu())
         for name, values in (("moved_psnr", psnr), ("moved_ssim", ssim)):
             each, there = metrics.over_frames(name)  # pyright: ignore[reportArgumentType]
-            values.append(float(each[there].mean()))
+            if there.any():
+                values.append(float(each[there].mean()))
+    if not psnr:
+        raise WorldlineError(
+            f"held-out clips in which something moves are required, in none of {len(said)} does a pixel change: more --rl.check-clips"
+        )
     t = PROTOCOL.clip_frames
     pooled = [
         pooled_latents({c: z[:, :t].cpu() for c, z in x.items()}, model.latent_spec) for x in (clip.frames, latents)

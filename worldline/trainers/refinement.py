@@ -56,7 +56,7 @@ class RefineSettings:
     progress: float = 0.0
     """Weight of the shaping by the scorer's success probability: a reward before success is seen."""
     least_std: float = 0.1
-    """Gaussian policies explore with at least this standard deviation (normalised actions); the most is 1."""
+    """Gaussian policies begin to explore with at least this standard deviation (normalised actions); the most is 1."""
     check_every: int = 5
     """Iterations between checks on held-out first frames."""
     check_episodes: int = 64
@@ -279,9 +279,11 @@ def check(actor: Any, reference: Any, judges: Judges, held_out: Replays, setting
         index_observation(held_out.first, rows),
         frames=settings.frames,
         seeds=torch.arange(settings.check_episodes) + 7919,
+        leaves=None if judges.doubt is None else judges.doubt.exceeded,
     )
     said = episode_probability(made.probability, persist=judges.persist) > judges.threshold
-    between = wilson(int(said.sum()), len(said))
+    starts = min(len(said), len(held_out.poses))  # dreams from one start hardly differ
+    between = wilson(float(said.float().mean()) * starts, starts)
     seen = real_observations(held_out, 128)
     away = kl_divergence(actor.distribution(seen), reference.distribution(seen)).mean()
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from worldline.errors import DatasetError
@@ -157,9 +157,9 @@ def score_video(scorer: SuccessScorer, video: Mapping[str, Tensor], instruction:
 
 def read_episodes(
     scorer: SuccessScorer, selections: Sequence[Selection], tokenizer: Tokenizer | None
-) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-    """Logits, labels and (reconstructed) videos of the labelled episodes."""
-    logits, done, videos = [], [], []
+) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Logits and labels of the labelled episodes, and whether each ended where it does (terminated)."""
+    logits, done, ended = [], [], []
     for s in selections:
         for number in s.episodes:
             episode = s.dataset.episode(number)
@@ -173,23 +173,32 @@ def read_episodes(
                 video = {c: x[0].cpu() for c, x in tokenizer.decode(tokenizer.encode(batched)).items()}
             logits.append(score_video(scorer, video, episode.instruction))
             done.append(labels[:: s.stride] > 0.5)
-            videos.append(video)
+            ended.append(episode.terminated)
     if not logits:
         raise DatasetError("held-out episodes with success labels are required to calibrate a scorer, got none")
-    return logits, done, videos
+    return logits, done, ended
+
+
+def held_on(values: Shaped[Tensor, " t"], ended: bool, persist: int) -> Shaped[Tensor, " t2"]:
+    """The frames of an episode; what it ended with stands on, so that success at its very end has held for `persist` frames."""
+    return torch.cat([values, values[-1:].expand(persist - 1)]) if ended else values
 
 
 def calibrate(
     scorer: SuccessScorer, held_out: Sequence[Selection], tokenizer: Tokenizer | None
 ) -> tuple[SuccessScorer, dict[str, Any]]:
     """Platt scaling on held-out frames, then the threshold that held-out episodes give."""
-    logits, done, _ = read_episodes(scorer, held_out, tokenizer)
+    logits, done, ended = read_episodes(scorer, held_out, tokenizer)
     scale, offset = platt(torch.cat(logits), torch.cat(done))
     scaled = scorer.calibrated(scale=scale, offset=offset)
     persist = scorer.config.persist
-    truth = torch.stack([episode_success(d[None], persist=persist)[0] for d in done])
-    scores = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset)[None] for z in logits]
-    probability = torch.cat([episode_probability(p, persist=persist) for p in scores])
+    truth = torch.stack(
+        [episode_success(held_on(d, end, persist)[None], persist=persist)[0] for d, end in zip(done, ended)]
+    )
+    scores = [torch.sigmoid(scaled.config.scale * z + scaled.config.offset) for z in logits]
+    probability = torch.cat(
+        [episode_probability(held_on(p, end, persist)[None], persist=persist) for p, end in zip(scores, ended)]
+    )
     both = bool(truth.any()) and not bool(truth.all())
     threshold = success_threshold(probability, truth) if both else 0.5
     said = probability > threshold
@@ -215,6 +224,8 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
         for (s, number), sentence in zip(episodes, told):
             video = {c: change(s.store.frames(number, c)[:: s.stride]) for c in scorer.encoder.names}
             p = torch.sigmoid(config.scale * score_video(scorer, video, sentence) + config.offset)
+            whole = len(p) == len(s.store.frames(number, scorer.encoder.names[0])[:: s.stride])
+            p = held_on(p, whole and s.dataset.terminated(number), persist)
             said.append(episode_probability(p[None], persist=persist)[0] > config.threshold)
         return float(torch.stack(said).float().mean()) if said else float("nan")
 

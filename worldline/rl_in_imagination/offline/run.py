@@ -112,7 +112,7 @@ def train_offline(
     state = None if out is None else _State(out / "training", settings)
     update, made_at = (0, -1) if state is None else state.restore(learner, replay, history)
     bar = tqdm(total=config.updates, initial=update, desc="offline", unit="update", disable=not progress)
-    saved = -1
+    saved, latest = -1, {}
     try:
         while True:
             finished = update >= config.updates
@@ -141,8 +141,10 @@ def train_offline(
             metrics = learner.update(replay.batch(update), update)
             _require_finite(metrics, update, seeds, out)
             update += 1
+            latest |= metrics  # a policy that learns every second update has none of its own in the others
             if update % config.log_every == 0 or update == config.updates:
-                _note(history, "train", update, metrics)
+                _note(history, "train", update, latest)
+                latest = {}
                 bar.set_postfix({name: f"{float(value.mean()):.3g}" for name, value in list(metrics.items())[:3]})
             bar.update()
     finally:

@@ -162,7 +162,7 @@ def _claiming(run: Callable[[Any], Path], config: Any) -> Path:
 
     try:
         return run(config)
-    except WorldlineError:
+    except Exception:
         release_claim(config.out)
         raise
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.data.test_read import edit_rows
 from tests.data.toy import toy_episode, toy_spec
-from worldline.data import Inspection, LeRobotDataset, inspect_dataset, write_dataset
+from worldline.data import UNKNOWN, Inspection, LeRobotDataset, inspect_dataset, write_dataset
 from worldline.types import CameraSpec, Episode
 
 LENGTH = 40
@@ -109,3 +109,15 @@ def test_a_folder_without_its_videos_is_reported_not_raised(damaged: Path) -> No
         ("missing video", i, camera) for i in range(4) for camera in ("front", "wrist")
     }
     assert set(result.pictures) == {"visits"}
+
+
+def test_video_alone_is_inspected_for_what_it_has(tmp_path: Path) -> None:
+    """Actions that are not known are in no table; of those that are, all is said."""
+    episodes = [toy_episode(i) for i in range(4)]
+    alone = [replace(e, provenance={**e.provenance, "actions": UNKNOWN}) for e in episodes]
+    mixed = inspect_dataset(LeRobotDataset(write_dataset(tmp_path / "mixed", [*episodes[:2], *alone[2:]])))
+    acted = inspect_dataset(LeRobotDataset(write_dataset(tmp_path / "acted", episodes[:2])))
+    assert mixed.summary["episodes_without_actions"] == 2 and mixed.summary["actions"] == acted.summary["actions"]
+    nothing = inspect_dataset(LeRobotDataset(write_dataset(tmp_path / "alone", alone)))
+    assert nothing.summary["episodes_without_actions"] == 4 and nothing.summary["actions"] == {}
+    json.dumps(nothing.to_dict(), allow_nan=False)

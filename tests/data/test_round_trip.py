@@ -232,3 +232,16 @@ def test_colour_survives_half_resolution_chroma(tmp_path: Path) -> None:
     encode_video(tmp_path / "a.mp4", frames, fps=20.0)
     read = VideoFrames(path=tmp_path / "a.mp4", first=0, length=6, fps=20.0, height=64, width=64)[:]
     assert 10 * torch.log10(255**2 / (read.float() - frames.float()).pow(2).mean()) > 36
+
+
+def test_a_copy_holds_out_what_the_original_did(tmp_path: Path) -> None:
+    original = toy_dataset(tmp_path / "a", lengths=(4,) * 12)
+    path = tmp_path / "a/meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": {"train": "0:9", "val": "9:12"}}))
+    original = LeRobotDataset(tmp_path / "a")
+    assert original.split("held-out") == [9, 10, 11]
+    every = [original.episode(i) for i in range(12)]
+    copied = LeRobotDataset(write_dataset(tmp_path / "b", every, held_out=original.split("held-out")))
+    assert copied.split("held-out") == [9, 10, 11] and copied.split("train") == list(range(9))
+    with pytest.raises(DatasetError, match=r"held_out of episodes 0 to 11 required, got \[12\]"):
+        write_dataset(tmp_path / "c", every, held_out=[3, 12])

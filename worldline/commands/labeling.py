@@ -58,8 +58,8 @@ def run_label(config: Label, *, progress: bool = True) -> Path:
             f"{config.data}: episodes without actions are required, {len(known)} of {len(episodes)} have some (the first: {known[0]}). "
             "Give --relabel True to replace them in the copy."
         )
-    seed = dataset.info.get("worldline", {}).get("split_seed", 0)  # the copy has the same held-out episodes
-    writer = DatasetWriter(config.out, dataset.spec, resume=True, split_seed=seed)
+    held_out = [number for number, index in enumerate(episodes) if dataset.held_out(index)]  # the same in the copy
+    writer = DatasetWriter(config.out, dataset.spec, resume=True, held_out=held_out)
     _require_same(writer, {"inverse": model.name, "data": dataset.fingerprint})
     said = _provenance(model, failures)
     store, staged = FrameStore(dataset), writer.staged()

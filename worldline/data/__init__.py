@@ -3,7 +3,7 @@
 from worldline.data.clips import ClipSampler, action_blocks, collate, draw, strided, with_lead
 from worldline.data.inspection import Inspection, inspect_dataset
 from worldline.data.latents import LatentCache
-from worldline.data.lerobot_read import UNKNOWN, LeRobotDataset, Problem, require_actions
+from worldline.data.lerobot_read import UNKNOWN, LeRobotDataset, Problem, common_range, require_actions
 from worldline.data.lerobot_write import DatasetWriter, write_dataset
 from worldline.data.normalization import NormalizerSet, RobustNormalizer
 from worldline.data.store import FrameStore
@@ -23,6 +23,7 @@ __all__ = [
     "VideoFrames",
     "action_blocks",
     "collate",
+    "common_range",
     "draw",
     "inspect_dataset",
     "require_actions",

@@ -65,8 +65,9 @@ def inspect_dataset(dataset: LeRobotDataset, *, max_episodes: int | None = None)
     problems = dataset.validate(chosen)
     unreadable = {p.episode for p in problems if p.kind in ("data", "nan")}
     numbers = [_read(dataset, i) for i in chosen if i not in unreadable]
-    problems += _constant_columns(dataset, numbers) + _saturated(dataset, numbers)
-    lag, lag_problems = _lags(dataset, numbers)
+    acted = [n for n in numbers if dataset.acts(n.episode)]
+    problems += _constant_columns(dataset, numbers) + _saturated(dataset, acted)
+    lag, lag_problems = _lags(dataset, acted)
     moved = _moved(numbers)
     sheets: dict[str, list[np.ndarray]] = {}
     broken = {(p.episode, p.column) for p in problems}
@@ -84,7 +85,8 @@ def inspect_dataset(dataset: LeRobotDataset, *, max_episodes: int | None = None)
         "cameras": {c.name: [c.height, c.width] for c in dataset.spec.cameras},
         "tasks": dict(Counter(dataset.episode_table["instruction"])),
         "success_by_cause": _success_table(dataset, chosen),
-        "actions": _action_table(dataset, numbers),
+        "episodes_without_actions": len(numbers) - len(acted),
+        "actions": _action_table(dataset, acted),
         "lag": lag,
         "coverage": coverage,
     }
@@ -102,7 +104,10 @@ def _read(dataset: LeRobotDataset, index: int) -> _Numbers:
 def _constant_columns(dataset: LeRobotDataset, numbers: Sequence[_Numbers]) -> list[Problem]:
     found = []
     for names, values in (
-        (dataset.spec.action.names, [n.actions.reshape(-1, dataset.spec.action.dim) for n in numbers]),
+        (
+            dataset.spec.action.names,
+            [n.actions.reshape(-1, dataset.spec.action.dim) for n in numbers if dataset.acts(n.episode)],
+        ),
         (dataset.spec.pose_names, [n.poses for n in numbers]),
     ):
         spread = np.ptp(np.concatenate(values), axis=0) if values else np.ones(len(names))

@@ -9,7 +9,9 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +60,7 @@ class LeRobotDataset:
         action_columns, pose_columns: columns joined, in this order, to actions and poses. By default what worldline's
             writer recorded, else "action" and "observation.state". Naming them sets worldline's own record aside.
         action_kind, action_space, action_source, embodiment: what the actions mean, when the dataset doesn't say.
+        action_range: lowest and highest action (a number a dimension), when the dataset doesn't say; by default what was observed.
         success_column: a boolean or 0/1 column (one value a frame) whose last value is the episode's success.
         split_seed: for datasets that record no split of their own.
     """
@@ -72,6 +75,7 @@ class LeRobotDataset:
         action_kind: Literal["absolute", "delta", "velocity"] = "absolute",
         action_space: Literal["joint", "cartesian", "mixed"] = "joint",
         action_source: Literal["commanded", "achieved"] = "commanded",
+        action_range: tuple[Sequence[float], Sequence[float]] | None = None,
         embodiment: str | None = None,
         success_column: str | None = None,
         split_seed: int = 0,
@@ -99,6 +103,10 @@ class LeRobotDataset:
             action, steps = action_spec(self.root, self.info, self.action_columns, meaning), 1
         else:
             action, steps = base.action, base.control_steps
+        self.range_observed = (base is None or action_columns is not None) and action_range is None
+        if action_range is not None:
+            low, high = (tuple(map(float, bound)) for bound in action_range)
+            action = replace(action, low=low, high=high)
         poses = column_names(self.info, self.pose_columns) if base is None or pose_columns else base.pose_names
         self.spec = WorldSpec(
             cameras=specs,
@@ -108,6 +116,13 @@ class LeRobotDataset:
             pose_names=poses,
         )
         self._tables: OrderedDict[str, pa.Table] = OrderedDict()
+
+    def with_range(self, low: Sequence[float], high: Sequence[float]) -> "LeRobotDataset":
+        """The same dataset with this range of actions."""
+        other = copy(self)
+        other.spec = replace(self.spec, action=replace(self.spec.action, low=tuple(low), high=tuple(high)))
+        other.range_observed = False
+        return other
 
     def _choose_cameras(self, cameras: Sequence[str] | None) -> tuple[dict[str, str], tuple]:
         by_name = {spec.name: (key, spec) for key, spec in camera_specs(self.info).items()}
@@ -154,7 +169,7 @@ class LeRobotDataset:
             frame_success = torch.from_numpy(np.append(start, reached[: length - 1, 0] > 0.5))
         success = self.success(index)
         from_column = success is not None and row["success"] is None
-        scorer = {"scorer": f"dataset column {self._success_column}"} if from_column else {}
+        scorer = {"scorer": f"dataset column {self._success_column or 'next.success'}"} if from_column else {}
         if not self.acts(index):
             blocks = np.full_like(blocks, np.nan)
         k, a = self.spec.control_steps, self.spec.action.dim
@@ -175,10 +190,16 @@ class LeRobotDataset:
         )
 
     def success(self, index: int) -> bool | None:
-        """What the recorder, or else the last value of `success_column`, says of episode `index`; None if unknown."""
+        """What the recorder, or else the last value of `success_column`, or else any of `next.success`, says of episode `index`; None if
+        unknown."""
         recorded = self._row(index)["success"]
-        if recorded is not None or self._success_column is None:
+        if recorded is not None:
             return recorded
+        if self._success_column is None:
+            if "next.success" not in self.info["features"]:
+                return None
+            reached = self.numbers(index)["next.success"]
+            return bool((reached > 0.5).any()) if np.isfinite(reached).all() else None
         last = float(self.numbers(index)[self._success_column][-1, 0])
         return last > 0.5 if np.isfinite(last) else None
 
@@ -238,16 +259,23 @@ class LeRobotDataset:
                 f"row {bad[0, 0]} ({len(bad)} in all). Leave the episode out, or mend it."
             )
 
+    def held_out(self, index: int) -> bool:
+        """Whether episode `index` is not to be trained on: as `meta/info.json` names it, or the recorder, or by a hash."""
+        return index in self._held_out
+
+    @cached_property
+    def _held_out(self) -> set[int]:
+        every = [int(i) for i in self.episode_table.index]
+        named = named_splits(self.info.get("splits") or {}, len(every))
+        return named or set(self._extras.get("held_out", held_out_episodes(every, self._split_seed)))
+
     def split(self, name: str) -> list[int]:
         """Episodes of "train", "held-out" or "all". Raises `DatasetError` if there are none."""
         every = [int(i) for i in self.episode_table.index]
-        held_out = named_splits(self.info.get("splits") or {}, len(every)) or set(
-            self._extras.get("held_out", held_out_episodes(every, self._split_seed))
-        )
         chosen = {
             "all": every,
-            "train": [i for i in every if i not in held_out],
-            "held-out": [i for i in every if i in held_out],
+            "train": [i for i in every if not self.held_out(i)],
+            "held-out": [i for i in every if self.held_out(i)],
         }.get(name)
         if chosen is None:
             raise DatasetError(f"split 'train', 'held-out' or 'all' required, got {name!r}.")
@@ -291,6 +319,20 @@ class LeRobotDataset:
                 detail = f"{len(bad)} NaN or infinite numbers, first in row {bad[0, 0]}"
                 out.append(Problem(kind="nan", episode=index, column=column, detail=detail))
         return out
+
+
+def common_range(datasets: Sequence[LeRobotDataset]) -> list[LeRobotDataset]:
+    """The datasets, in which a range of actions that was only observed is one that holds all of them.
+
+    That of the first dataset that declares one, if it does; else from the lowest to the highest that any holds.
+    """
+    declared = [d.spec.action for d in datasets if not d.range_observed]
+    wide = declared or [d.spec.action for d in datasets]
+    if len(datasets) < 2 or len({len(a.names) for a in wide}) > 1:
+        return list(datasets)
+    low = wide[0].low if declared else [min(bounds) for bounds in zip(*(a.low for a in wide))]
+    high = wide[0].high if declared else [max(bounds) for bounds in zip(*(a.high for a in wide))]
+    return [d.with_range(low, high) if d.range_observed and d.spec.action.dim == len(low) else d for d in datasets]
 
 
 def _known_rewards(numbers: Mapping[str, np.ndarray]) -> torch.Tensor | None:

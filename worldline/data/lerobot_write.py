@@ -57,8 +57,8 @@ class DatasetWriter:
 
     Instances hold only plain values, so that they can be sent to worker processes. `resume=True` accepts a folder whose
     recording was interrupted; `codec` is any H.264 or AV1 encoder of FFmpeg ("libsvtav1", "libx264"); `data_mb` and
-    `video_mb` limit the size of one file. Raises
-    `DatasetError` if `root` holds anything that is not this writer's own staging.
+    `video_mb` limit the size of one file. `held_out`: numbers of the episodes that are not trained on; by default a seventh, chosen by a hash
+    of `split_seed` and number. Raises `DatasetError` if `root` holds anything that is not this writer's own staging.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class DatasetWriter:
         gop: int = 2,
         resume: bool = False,
         split_seed: int = 0,
+        held_out: Iterable[int] | None = None,
         data_mb: int | float = DATA_MB,
         video_mb: int | float = VIDEO_MB,
     ) -> None:
         self.root = Path(root)
         self.spec = spec
         self.crf, self.codec, self.gop, self.split_seed = crf, codec, gop, split_seed
+        self.held_out = None if held_out is None else sorted(set(held_out))
         self.data_mb, self.video_mb = data_mb, video_mb
         self.staging = self.root / STAGING
         if bad := [c.name for c in spec.cameras if "/" in c.name or not c.name]:
@@ -239,6 +241,9 @@ class DatasetWriter:
         known = {name for meta in metas.values() for name in meta["columns"]}
         if len(dims := {meta["state_dim"] for meta in metas.values()}) > 1:
             raise DatasetError(f"{self.root}: states of one width required, got {sorted(dims)}. Stage them alike.")
+        held_out = held_out_episodes(metas, self.split_seed) if self.held_out is None else self.held_out
+        if absent := sorted(set(held_out) - set(metas)):
+            raise DatasetError(f"{self.root}: held_out of episodes 0 to {len(metas) - 1} required, got {absent[:5]}.")
         assembled = self.staging / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)
         (assembled / "meta").mkdir(parents=True)
@@ -254,7 +259,7 @@ class DatasetWriter:
                         "version": worldline.__version__,
                         "spec": to_json(self.spec),
                         "split_seed": self.split_seed,
-                        "held_out": held_out_episodes(metas, self.split_seed),
+                        "held_out": held_out,
                     }
                 },
                 extra_types=EXTRA_TYPES,

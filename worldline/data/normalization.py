@@ -43,6 +43,8 @@ class RobustNormalizer:
     @classmethod
     def fit(cls, values: Float[Tensor, "*rows d"], *, clip: float | None = None) -> "RobustNormalizer":
         """Percentiles over all leading axes. Raises `DatasetError` for no rows or NaN."""
+        if not values.shape[-1]:  # a robot that tells no pose
+            return cls(low=(), high=(), clip=clip)
         flat = values.detach().reshape(-1, values.shape[-1]).double().cpu()
         if not len(flat):
             raise DatasetError("normalizer: at least one row of values required, got none.")

@@ -7,7 +7,7 @@ decoded episodes away again and again.
 
 from collections import OrderedDict
 
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from worldline.data.lerobot_read import LeRobotDataset
@@ -36,6 +36,11 @@ class FrameStore:
                 self.bytes -= dropped.numel()
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def rows(self, episode: int, camera: str, chosen: Int[Tensor, " n"]) -> UInt8[Tensor, "n c h w"]:
+        """The frames numbered of one camera of one episode; of data that do not fit no more is decoded than lies between them."""
+        first, last = int(chosen.min()), int(chosen.max())
+        return self.window(episode, camera, slice(first, last + 1))[chosen - first]
 
     def window(self, episode: int, camera: str, frames: slice) -> UInt8[Tensor, "t c h w"]:
         """Some frames of one camera of one episode."""

@@ -153,6 +153,10 @@ def join_replays(parts: Sequence[Replays]) -> Replays:
 def open_for(spec: WorldSpec, data: Path) -> tuple[LeRobotDataset, int]:
     """The dataset and the stride at which it is that of a world model. Raises `SpecMismatch` with the differing fields."""
     dataset = LeRobotDataset(data, cameras=[c.name for c in spec.cameras])
+    if dataset.range_observed and dataset.spec.action.names == spec.action.names:
+        dataset = dataset.with_range(
+            spec.action.low, spec.action.high
+        )  # other recordings of one robot reach other extremes
     stride = max(1, spec.control_steps // max(1, dataset.spec.control_steps))
     require_match(strided(dataset.spec, stride), spec, between=f"dataset {data} and world model")
     return dataset, stride

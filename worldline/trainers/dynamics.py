@@ -72,10 +72,15 @@ def run(config: TrainDynamics, *, progress: bool = True) -> Path:
     data = open_trajectories(config.data)
     out = set(held_out_episodes(range(len(data)), 0))
     training = data.select(i for i in range(len(data)) if i not in out)
-    claim_output(config.out, "dynamics", config, identity=("data", "model"))
+    made_from = provenance_of(data, config.data, config.out)
+    claim_output(
+        config.out,
+        "dynamics",
+        config,
+        identity=("data", "model"),
+        made_from={"what the data hold": made_from["dataset_fingerprints"][0]},
+    )
     torch.manual_seed(config.loop.seed)
     model = DynamicsEnsemble(config.model, data.spec).fit(training)
     stage = _DynamicsStage(model, training, data.select(sorted(out)) if out else None)
-    return train(
-        stage, config.loop, config.out, provenance=provenance_of(data, config.data, config.out), progress=progress
-    )
+    return train(stage, config.loop, config.out, provenance=made_from, progress=progress)

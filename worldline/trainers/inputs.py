@@ -20,6 +20,7 @@ from worldline.data import (
     RobustNormalizer,
     action_blocks,
     collate,
+    common_range,
     require_actions,
     strided,
     with_lead,
@@ -57,12 +58,12 @@ def open_datasets(
     stride: int = 1,
 ) -> list[Selection]:
     """Open datasets of one spec. Raises `SpecMismatch` where two differ, `DatasetError` for an empty split
-    or episodes shorter than a stride."""
+    or episodes shorter than a stride. A range of actions that a dataset does not declare is that of all of them (`common_range`)."""
     if not roots:
         raise DatasetError("at least one dataset folder is required after --data, got none")
     chosen = []
-    for root in roots:
-        dataset = LeRobotDataset(root, cameras=cameras)
+    for dataset in common_range([LeRobotDataset(root, cameras=cameras) for root in roots]):
+        root = dataset.root
         if chosen:
             require_match(dataset.spec, chosen[0].dataset.spec, between=f"datasets {root} and {chosen[0].dataset.root}")
         episodes = dataset.split(split)[:max_episodes]
@@ -96,6 +97,18 @@ def data_provenance(
                 for key, value in zip(found, (root, place, mark), strict=True):
                     found[key].append(value)
     return found
+
+
+def contents(selections: Sequence[Selection]) -> dict[str, str]:
+    """What is in the data of a run, by which other data at the same path is known (`claim_output`)."""
+    return {f"what {s.dataset.root} holds": s.dataset.fingerprint for s in selections}
+
+
+def cameras_of(cameras: Sequence[str] | None, tokenizer: Tokenizer | None) -> list[str] | None:
+    """Those asked for, else those that the tokenizer was made for, else all (None)."""
+    if cameras is not None:
+        return list(cameras)
+    return None if tokenizer is None else [c.name for c in tokenizer.cameras]
 
 
 def frame_weights(
@@ -167,8 +180,8 @@ class LatentBatches:
                 root, s.dataset, tokenizer, stride=stride, episodes=s.episodes, progress=progress, device=device
             )
             self.caches.append(cache)
-        # the cache knows the statistics of the day it was made; they may have been fitted again since
-        self.spec = replace(self.caches[0].spec, latent=tokenizer.latent_spec)
+        # not the cache's: it knows the statistics, and the range of actions, of the day it was made
+        self.spec = replace(strided(selections[0].dataset.spec, stride), latent=tokenizer.latent_spec)
 
     def batch(self, seed: int, step: int, size: int) -> Clip:
         counts = share(self.weights, seed, step, size)
@@ -208,18 +221,19 @@ class FrameBatches:
             which = int(torch.randint(len(self.selections), (), generator=generator))
             s = self.selections[which]
             episode = s.episodes[int(torch.randint(len(s.episodes), (), generator=generator))]
-            video = s.store.frames(episode, camera)
-            rows = torch.randint(len(video), (min(self.per_episode, size - len(images)),), generator=generator)
-            away = (video[rows].float() - self._background(which, episode, camera, video)).abs().amax(1, keepdim=True)
+            length = s.dataset.length(episode)
+            rows = torch.randint(length, (min(self.per_episode, size - len(images)),), generator=generator)
+            shown = s.store.rows(episode, camera, rows)
+            away = (shown.float() - self._background(which, episode, camera)).abs().amax(1, keepdim=True)
             weight = 1 + self.motion_weight * (away > 24)
-            images += list(video[rows])
+            images += list(shown)
             weights += list(weight / weight.mean())
         return torch.stack(images), torch.stack(weights)
 
-    def _background(self, which: int, episode: int, camera: str, video: Tensor) -> Tensor:
+    def _background(self, which: int, episode: int, camera: str) -> Tensor:
         key = (which, episode, camera)
         if key not in self._median:
-            self._median[key] = video.median(dim=0).values
+            self._median[key] = self.selections[which].store.frames(episode, camera).median(dim=0).values
         return self._median[key].float()
 
 
@@ -243,7 +257,7 @@ def claim_output(
 
     Args:
         identity: names of the config's fields that must not change when a run goes on.
-        made_from: name -> fingerprint of other parts that must not either.
+        made_from: name -> fingerprint of other parts that must not either (`contents` of the data).
     """
     # of several processes the first one claims, the others then find its claim
     with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():
@@ -262,8 +276,7 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from
         changed = [
             f"  {k}: was {before['config'].get(k)!r}, is now {v!r}"
             for k, v in record["config"].items()
-            if before["config"].get(k) != v
-            and not (k in made_from and k not in before["config"])  # older runs do not say
+            if k in before["config"] and before["config"][k] != v  # older runs do not say everything
         ]
         if changed:
             raise CheckpointError(

@@ -24,7 +24,7 @@ from worldline.rl_in_imagination.inverse_agreement import r_squared
 from worldline.rl_in_imagination.inverse_audit import AuditThresholds, InverseClip, audit_inverse, calibrate_inverse
 from worldline.rl_in_imagination.spoiled import blur
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import Selection, cameras_of, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.transitions import EDGES, TransitionDraw, Transitions, whole_clips
 
@@ -49,6 +49,8 @@ class TrainInverse:
     other."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to see. Default: those of --tokenizer, or all."""
     fakes: float = 0.1
     """Share of the training windows that are blurred or held still and carry another window's action: from what shows no motion, no
     action shall be told."""
@@ -69,7 +71,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("ten minutes on a 2-core CPU", {}),
     "small": ("minutes on a GPU", {"loop": LoopConfig(steps=20_000, batch_size=256, lr=5e-4)}),
 }
-IDENTITY = ("data", "half", "tokenizer", "fakes", "stride", "model")
+IDENTITY = ("data", "cameras", "half", "tokenizer", "fakes", "stride", "model")
 
 
 class _InverseStage:
@@ -210,11 +212,12 @@ def _choose(selections: Sequence[Selection], half: str) -> list[Selection]:
 def run(config: TrainInverse, *, progress: bool = True) -> Path:
     """Train, calibrate, audit and save. Returns the checkpoint folder."""
     settings = config.model
-    training = _choose(open_datasets(config.data, "train", stride=config.stride), config.half)
-    held_out = open_datasets(config.data, "held-out", stride=config.stride)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
+    training = _choose(open_datasets(config.data, "train", **options), config.half)
+    held_out = open_datasets(config.data, "held-out", **options)
     draw = TransitionDraw(training, settings.window, edges=EDGES, tokenizer=tokenizer)
-    claim_output(config.out, "inverse", config, identity=IDENTITY)
+    claim_output(config.out, "inverse", config, identity=IDENTITY, made_from=contents(training))
     torch.manual_seed(config.loop.seed)
     blocks = draw.blocks if settings.target == "all" else draw.blocks.mean(1)
     model = InverseModel(settings, draw.spec, RobustNormalizer.fit(blocks))

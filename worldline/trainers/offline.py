@@ -22,7 +22,7 @@ from torch import Tensor
 from worldline.errors import DatasetError
 from worldline.policies import ClonedPolicy, PolicyConfig
 from worldline.rl_in_imagination.iql import ImplicitQLearner, IQLConfig, Transitions, require_density
-from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import Selection, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.policy import begin_policy, chunks, demonstrations, require_whole_block
 from worldline.trainers.samples import SampleDraw, Samples
@@ -49,6 +49,8 @@ class TrainOffline:
     """A policy to go on from: its weights and its normalisation. Kind and sizes must be the same."""
     stride: int = 1
     """Dataset frames per frame that the policy sees and is asked at: that of the world model it will act in."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to see. Default: all."""
     persist: int = 2
     """Frames in a row that success must hold: the scorer's (--scorer.persist)."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -187,7 +189,7 @@ def require_successes(selections: Sequence[Selection], persist: int) -> int:
 def run(config: TrainOffline, *, progress: bool = True) -> Path:
     """Train and save. Returns the policy's folder."""
     settings = replace(config.policy, kind=config.kind)
-    opened = open_datasets(config.data, "train", stride=config.stride)
+    opened = open_datasets(config.data, "train", cameras=config.cameras, stride=config.stride)
     picked = demonstrations(opened, "all", config.episodes, config.loop.seed)
     spec = picked[0].spec
     require_whole_block(settings, spec)
@@ -205,7 +207,8 @@ def run(config: TrainOffline, *, progress: bool = True) -> Path:
         config.out,
         "policy (offline)",
         config,
-        identity=("data", "kind", "episodes", "init_from", "stride", "persist", "policy", "iql"),
+        identity=("data", "cameras", "kind", "episodes", "init_from", "stride", "persist", "policy", "iql"),
+        made_from=contents(opened),
     )
     torch.manual_seed(config.loop.seed)
     policy = begin_policy(config.init_from, settings, picked)
@@ -229,6 +232,6 @@ def run(config: TrainOffline, *, progress: bool = True) -> Path:
 def _held_out(config: TrainOffline, make: Callable[[Sequence[Selection]], SampleDraw]) -> SampleDraw | None:
     """Held-out samples; None where a small dataset holds none, and then nothing is reported."""
     try:
-        return make(open_datasets(config.data, "held-out", stride=config.stride))
+        return make(open_datasets(config.data, "held-out", cameras=config.cameras, stride=config.stride))
     except DatasetError:
         return None

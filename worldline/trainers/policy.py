@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worldline.errors import CheckpointError, DatasetError
 from worldline.policies import ClonedPolicy, PolicyConfig
-from worldline.trainers.inputs import Selection, claim_output, data_provenance, fit_normalizers, open_datasets
+from worldline.trainers.inputs import Selection, claim_output, contents, data_provenance, fit_normalizers, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.types import Episode, WorldSpec, require_match
@@ -40,6 +40,8 @@ class TrainPolicy:
     """A policy to go on from: its weights and its normalisation. Kind and sizes must be the same."""
     stride: int = 1
     """Dataset frames per frame that the policy sees and is asked at: that of the world model it will act in."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to see. Default: all."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200, batch_size=64, lr=1e-3, ema=0.995))
 
@@ -163,17 +165,12 @@ def begin_policy(folder: Path | None, settings: PolicyConfig, picked: Sequence[S
 def run(config: TrainPolicy, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
     settings = replace(config.policy, kind=config.kind)
-    picked = demonstrations(
-        open_datasets(config.data, "train", stride=config.stride),
-        config.demonstrations,
-        config.episodes,
-        config.loop.seed,
-    )
+    options: dict[str, Any] = {"cameras": config.cameras, "stride": config.stride}
+    opened = open_datasets(config.data, "train", **options)
+    picked = demonstrations(opened, config.demonstrations, config.episodes, config.loop.seed)
     held_out = None
     try:
-        others = demonstrations(
-            open_datasets(config.data, "held-out", stride=config.stride), config.demonstrations, None, 0
-        )
+        others = demonstrations(open_datasets(config.data, "held-out", **options), config.demonstrations, None, 0)
         held_out = SampleDraw(others, chunks(settings.chunk))
     except DatasetError:
         held_out = None  # a small dataset may hold no held-out demonstration; then nothing is reported
@@ -182,7 +179,18 @@ def run(config: TrainPolicy, *, progress: bool = True) -> Path:
         config.out,
         "policy",
         config,
-        identity=("data", "kind", "episodes", "demonstrations", "imagined_share", "init_from", "stride", "policy"),
+        identity=(
+            "data",
+            "cameras",
+            "kind",
+            "episodes",
+            "demonstrations",
+            "imagined_share",
+            "init_from",
+            "stride",
+            "policy",
+        ),
+        made_from=contents(opened),
     )
     torch.manual_seed(config.loop.seed)
     policy = begin_policy(config.init_from, settings, picked)

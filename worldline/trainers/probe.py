@@ -19,7 +19,7 @@ from worldline.errors import DatasetError
 from worldline.eval.probes import Probe, ProbeConfig
 from worldline.policies import EncoderConfig
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.trainers.inputs import claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import cameras_of, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.trainers.scorer import half_reconstructed
@@ -46,6 +46,8 @@ class TrainProbe:
     """The camera in whose pixels an object's position is told (target object), or the only one seen (target pose)."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to see. Default: those of --tokenizer, or all."""
     stride: int = 1
     """Dataset frames per frame seen: that of the world model it will be used with."""
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800, batch_size=64, lr=1e-3, ema=0.99))
@@ -143,16 +145,17 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
 
 def run(config: TrainProbe, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
-    training = open_datasets(config.data, "train", stride=config.stride)
-    held_out = open_datasets(config.data, "held-out", stride=config.stride)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
+    training, held_out = (open_datasets(config.data, split, **options) for split in ("train", "held-out"))
     function, names, window = _target(config, training[0].dataset)
     camera = {"pose": config.camera, "identity": "wrist"}.get(config.target)
     draw = SampleDraw(training, function, window=window, camera=camera)
-    claim_output(config.out, "probe", config, identity=("data", "target", "columns", "camera", "tokenizer", "stride"))
+    identity = ("data", "target", "columns", "camera", "cameras", "tokenizer", "stride")
+    claim_output(config.out, "probe", config, identity=identity, made_from=contents(training))
     torch.manual_seed(config.loop.seed)
     settings = ProbeConfig(target=config.target, names=names, encoder=EncoderConfig(window=window, shift=0))
     probe = Probe(settings, draw.spec, RobustNormalizer.fit(draw.targets))
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     stage = _ProbeStage(probe, draw, SampleDraw(held_out, function, window=window, camera=camera), tokenizer)
     provenance = data_provenance(training, config.out)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

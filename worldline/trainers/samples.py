@@ -143,6 +143,5 @@ class SampleDraw:
 
     def _frames(self, moments: _Moments, camera: str, time: int) -> UInt8[Tensor, "wc h w"]:
         selection = self.selections[moments.selection]
-        video = selection.store.frames(moments.episode, camera)
         rows = ((torch.arange(self.window) - self.window + 1) * selection.stride + time).clamp(min=0)
-        return video[rows].flatten(0, 1)
+        return selection.store.rows(moments.episode, camera, rows).flatten(0, 1)

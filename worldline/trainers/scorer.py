@@ -20,7 +20,7 @@ from worldline.eval.calibration import platt, success_threshold
 from worldline.rl_in_imagination.spoiled import blur
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
-from worldline.trainers.inputs import Selection, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import Selection, cameras_of, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.samples import SampleDraw, Samples
 from worldline.types import Episode
@@ -41,6 +41,8 @@ class TrainScorer:
     """Folder for the checkpoint. A run that was interrupted goes on there."""
     tokenizer: Path | None = None
     """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    cameras: tuple[str, ...] | None = None
+    """Cameras to see. Default: those of --tokenizer, or all."""
     fakes: float = 0.15
     """Share of the training samples that are blurred beyond recognition and count as no success: a scorer that calls mush a success
     would reward a dream for falling apart."""
@@ -123,6 +125,8 @@ def half_reconstructed(
 ) -> dict[str, Tensor]:
     """Every other sample as the tokenizer reconstructs it. Stacked windows are unstacked for the tokenizer."""
     rows = (torch.rand(len(next(iter(frames.values()))), generator=generator) < 0.5).nonzero().flatten()
+    if not len(rows):
+        return dict(frames)
     device = next(iter(tokenizer.parameters()), torch.zeros(())).device
     out = {}
     for camera, stacked in frames.items():
@@ -246,11 +250,12 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
 
 def run(config: TrainScorer, *, progress: bool = True) -> Path:
     """Train, calibrate, audit and save. Returns the checkpoint folder."""
-    training = open_datasets(config.data, "train", stride=config.stride)
-    held_out = open_datasets(config.data, "held-out", stride=config.stride)
-    draw = SampleDraw(training, frame_labels(config.stride), window=config.scorer.encoder.window, balance=True)
-    claim_output(config.out, "scorer", config, identity=("data", "tokenizer", "fakes", "stride", "scorer"))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
+    training, held_out = (open_datasets(config.data, split, **options) for split in ("train", "held-out"))
+    draw = SampleDraw(training, frame_labels(config.stride), window=config.scorer.encoder.window, balance=True)
+    identity = ("data", "cameras", "tokenizer", "fakes", "stride", "scorer")
+    claim_output(config.out, "scorer", config, identity=identity, made_from=contents(training))
     torch.manual_seed(config.loop.seed)
     model = SuccessScorer(config.scorer, draw.spec)
     provenance = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldline import checkpoint
 from worldline.tokenizers import AutoencoderConfig, AutoencoderTokenizer, PixelPatches, build_autoencoder, to_images
-from worldline.trainers.inputs import FrameBatches, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import FrameBatches, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.loop import LoopConfig, train
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,11 @@ def run(config: TrainTokenizer, *, progress: bool = True) -> Path:
     held_out = FrameBatches(open_datasets(config.data, "held-out", cameras=cameras), motion_weight=config.motion_weight)
     specs = training.spec.cameras
     claim_output(
-        config.out, "tokenizer", config, identity=("data", "kind", "cameras", "autoencoder", "patch", "pretrained")
+        config.out,
+        "tokenizer",
+        config,
+        identity=("data", "kind", "cameras", "autoencoder", "patch", "pretrained", "motion_weight"),
+        made_from=contents(training.selections),
     )
     provenance = {
         **data_provenance(training.selections, config.out),

@@ -126,10 +126,17 @@ def run(config: TrainTrajectory, *, progress: bool = True) -> Path:
     # a held-out episode may be shorter than a window; training ones must not all be
     long_enough = [i for i in sorted(out) if data.lengths[i] >= config.model.length]
     held_out = data.select(long_enough) if long_enough else None
-    claim_output(config.out, "trajectory-model", config, identity=("data", "model"))
+    made_from = provenance_of(data, config.data, config.out)
+    claim_output(
+        config.out,
+        "trajectory-model",
+        config,
+        identity=("data", "model"),
+        made_from={"what the data hold": made_from["dataset_fingerprints"][0]},
+    )
     torch.manual_seed(config.loop.seed)
     model = TrajectoryDiffusion(config.model, data.spec)
     model.layout.fit(training)
-    provenance = provenance_of(data, config.data, config.out)
+    provenance = made_from
     stage = _TrajectoryStage(model, training, held_out)
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)

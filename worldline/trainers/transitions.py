@@ -34,7 +34,7 @@ class Reconstructed:
     def frames(self, episode: int, camera: str, rows: Int[Tensor, " w"]) -> UInt8[Tensor, "w c h w2"]:
         """The frames numbered of one camera of one episode."""
         if not self.store.fits:
-            return reconstruct(self.tokenizer, {camera: self.store.frames(episode, camera)[rows]})[camera]
+            return reconstruct(self.tokenizer, {camera: self.store.rows(episode, camera, rows)})[camera]
         if (episode, camera) not in self._kept:
             self._kept[episode, camera] = reconstruct(self.tokenizer, {camera: self.store.frames(episode, camera)})[
                 camera
@@ -121,7 +121,7 @@ class TransitionDraw:
     def _frames(self, which: int, episode: int, camera: str, rows: Tensor, reconstructed: bool) -> Tensor:
         if reconstructed:
             return self.reconstructed[which].frames(episode, camera, rows)
-        return self.selections[which].store.frames(episode, camera)[rows]
+        return self.selections[which].store.rows(episode, camera, rows)
 
 
 def whole_clips(selections: Sequence[Selection], *, at_most: int | None = None) -> list[InverseClip]:

@@ -15,6 +15,7 @@ from worldline.trainers.inputs import (
     LatentBatches,
     Selection,
     claim_output,
+    contents,
     data_provenance,
     fit_normalizers,
     frame_weights,
@@ -231,7 +232,7 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
             *("data", "video", "video_share", "tokenizer", "stride", "starts", "stage", "demonstrations"),
             *("model", "init_from", "max_episodes"),
         ),
-        made_from={"tokenizer's weights": tokenizer.fingerprint},
+        made_from={"tokenizer's weights": tokenizer.fingerprint, **contents(training)},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {

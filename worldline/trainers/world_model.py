@@ -17,6 +17,7 @@ from worldline.trainers.inputs import (
     LatentBatches,
     Selection,
     claim_output,
+    contents,
     data_provenance,
     fit_normalizers,
     load_finished_tokenizer,
@@ -204,8 +205,8 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
         config.out,
         "world-model",
         config,
-        identity=("data", "tokenizer", "stride", "frames", "starts", "model", "max_episodes"),
-        made_from={"tokenizer's weights": tokenizer.fingerprint},
+        identity=("data", "tokenizer", "stride", "frames", "starts", "model", "max_episodes", "init_from"),
+        made_from={"tokenizer's weights": tokenizer.fingerprint, **contents(training)},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}

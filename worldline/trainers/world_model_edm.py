@@ -14,6 +14,7 @@ from worldline.diffusion import LogNormalSigmas
 from worldline.trainers.inputs import (
     LatentBatches,
     claim_output,
+    contents,
     data_provenance,
     fit_normalizers,
     load_finished_tokenizer,
@@ -99,7 +100,7 @@ def run(config: TrainWorldModelEDM, *, progress: bool = True) -> Path:
         "world-model-edm",
         config,
         identity=("data", "tokenizer", "stride", "frames", "starts", "model", "max_episodes"),
-        made_from={"tokenizer's weights": tokenizer.fingerprint},
+        made_from={"tokenizer's weights": tokenizer.fingerprint, **contents(training)},
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}

@@ -20,6 +20,7 @@ from worldline.trainers.inputs import (
     LatentBatches,
     Selection,
     claim_output,
+    contents,
     data_provenance,
     fit_normalizers,
     load_finished_tokenizer,
@@ -156,7 +157,8 @@ def run(config: TrainWorldModels, *, progress: bool = True) -> Path:
         "world-models",
         config,
         identity=("data", "tokenizer", "stride", "frames", "starts", "balance", "model", "max_episodes"),
-        made_from={f"tokenizer of {name}": tokenizer.fingerprint for name, tokenizer in tokenizers.items()},
+        made_from={f"tokenizer of {name}": tokenizer.fingerprint for name, tokenizer in tokenizers.items()}
+        | contents([s for chosen in training.values() for s in chosen]),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"frames": config.frames, "stride": config.stride, "device": device, "progress": progress}

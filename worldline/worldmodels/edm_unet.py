@@ -349,7 +349,7 @@ def stackable_shapes(latent: LatentSpec) -> Mapping[str, tuple[int, int, int]]:
 def _take(frames: Tensor, poses: Tensor, blocks: Tensor, last: int, history: int) -> _History:
     """What is known once frame `last` of a clip has been seen, its own block (zeros if the clip does not hold it) the coming one."""
     places = torch.arange(last - history + 1, last + 1).clamp(min=0)
-    padded = torch.cat([blocks, torch.zeros_like(poses[:, :1, :1]).expand(-1, 1, blocks.shape[2])], dim=1)
+    padded = torch.cat([blocks, blocks.new_zeros(len(blocks), 1, blocks.shape[2])], dim=1)
     return _History(
         frames=frames[:, places],
         poses=poses[:, places],

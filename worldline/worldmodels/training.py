@@ -179,7 +179,7 @@ class Training:
         """What the guessed pose misses, from its own guesses, over the last `FOLLOWED` frames there are."""
         begin = max(0, whole.poses.shape[1] - 1 - FOLLOWED)
         poses, actions = whole.poses[:, begin:], whole.actions[:, begin:]
-        aims = poses if whole.aims is None else whole.aims[:, begin:]
+        aims = poses[..., :0] if whole.aims is None else whole.aims[:, begin:]
         first = first_frames(clip).to(poses.device) - begin
         motion = None
         if begin:

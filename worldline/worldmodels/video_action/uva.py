@@ -121,7 +121,7 @@ class UnifiedVideoAction(nn.Module):
         values = Future(
             frames=shown, poses=torch.zeros_like(given.poses), actions=given.actions * action_shown[..., None]
         )
-        level = torch.zeros_like(known.poses[..., 0]) if known.level is None else known.level
+        level = known.poses.new_zeros(known.poses.shape[:2]) if known.level is None else known.level
         kinds = torch.cat([torch.zeros(self.tokens.frame_size - 1), torch.ones(1)]).long().to(seen.device)
         marks = torch.where(seen[..., None], self.shown[kinds], self.masked[kinds])
         sequence = self.tokens.sequence(

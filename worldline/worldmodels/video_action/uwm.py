@@ -52,7 +52,7 @@ class UnifiedWorld(nn.Module):
         """What is clean. `shown` holds given values as they are and others at their row's level, "n". Zeros where there is no token."""
         own_frames = frame_level[:, None] * (roles.frames == Role.DENOISED)
         own_actions = action_level[:, None] * (roles.actions == Role.DENOISED)
-        level = torch.zeros_like(known.poses[..., 0]) if known.level is None else known.level
+        level = known.poses.new_zeros(known.poses.shape[:2]) if known.level is None else known.level
         # what is mostly noise is turned down: pure noise says nothing, and the network should not have to learn that
         signal, action_signal = 1 - own_frames, (1 - own_actions)[..., None]
         turned = {c: x * signal[..., None, None, None] for c, x in shown.frames.items()}

@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from result_tables import row, table
-from stages import record, train, training_gflop
+from stages import kept, record, train, training_gflop
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.outputs import report_results
+from worldline.commands.rollouts import weights_of
 from worldline.commands.sampling import load_dream
 from worldline.diffusion import LevelDistribution
 from worldline.eval.drift import drift_results
@@ -177,7 +178,7 @@ def training(config: MakeLongDreams, arm: str, seed: int) -> tuple[TrainWorldMod
 def evaluate(config: MakeLongDreams, arm: str, folder: Path, seed: int) -> Path:
     """The report of one arm."""
     report = config.out / f"eval-{arm}{seed}"
-    if not (report / "report.json").is_file():
+    if not kept(report, {"model": weights_of(folder)}, done="report.json"):
         run_eval(
             Evaluate(
                 world_model=folder,
@@ -287,13 +288,13 @@ def worse_rows(config: MakeLongDreams, arm: str, folder: Path, seed: int) -> lis
 
 def sweep(config: MakeLongDreams, folder: Path, name: str, values: tuple[float, ...]) -> list[str]:
     """One row a value: errors one frame ahead, early, late, and the excess against the first value's."""
-    kept = config.out / f"sweep-{folder.name}-{name}.json"
-    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    out = config.out / f"sweep-{folder.name}-{name}.json"
+    found: dict[str, Any] = json.loads(out.read_text()) if kept(out, {"model": weights_of(folder)}) else {}
     replays = load_tests(config, load_dream(folder))
     for value in values:
         if str(value) not in found:
             found[str(value)] = drift_of(folder, replays, {name: value})
-            kept.write_text(json.dumps(found))
+            out.write_text(json.dumps(found))
     base = _excesses(found[str(values[0])])
     return [
         row(

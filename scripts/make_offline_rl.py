@@ -16,7 +16,7 @@ OUT/guidance.png. What takes hours here is deepened on a bigger machine with the
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from result_tables import row, table
-from stages import together, train
+from stages import kept, together, train
 
 from worldline.commands.offline_rl import OfflineRL, run_offline_rl
+from worldline.commands.rollouts import weights_of
 from worldline.data.trajectories import Trajectories
 from worldline.eval.trajectories import (
     Values,
@@ -139,18 +140,20 @@ def trained(
             updates=config.updates, synthetic=config.synthetic, synthesise_every=config.every, save_every=config.every
         ),
     )
-    if not (out / "report.json").is_file():
+    made_from = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "out"}
+    made_from["models"] = [weights_of(folder) for folder in (settings.trajectory_model, settings.dynamics) if folder]
+    if not kept(out, made_from, done="report.json"):
         print(f"training {out}", flush=True)
         run_offline_rl(settings)
-    kept = out / f"returns-{starts}.json"
-    if not kept.is_file():
+    returns = out / f"returns-{starts}.json"
+    if not kept(returns, {"episodes": config.episodes}):
         means = []
         for seed in range(config.seeds):
             policies = StatePolicy.from_pretrained(out / f"seed-{seed}").policies
             act = lambda seen, policies=policies: policies.act(seen[None])[0]  # noqa: E731
             means.append(float(evaluate_returns(task, act, episodes=config.episodes, seed=starts)[0].mean()))
-        kept.write_text(json.dumps(means))
-    return np.array(json.loads(kept.read_text()))
+        returns.write_text(json.dumps(means))
+    return np.array(json.loads(returns.read_text()))
 
 
 # --- against the coefficient ----------------------------------------------------------------------------------------------
@@ -158,11 +161,17 @@ def trained(
 
 def against_coefficient(config: MakeOfflineRL, name: str) -> list[dict[str, Any]]:
     """Of generated trajectories by source: the target policy's log-likelihood of actions and the error of steps."""
-    kept = config.out / name / "against-coefficient.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    task, real = task_of(name), open_trajectories((str(config.data / name),))
+    out = config.out / name / "against-coefficient.json"
     trained(config, name, "real")
+    judged = [config.out / name / part for part in ("trajectory", "dynamics", "td3bc-real/seed-0")]
+    made_from = {
+        "models": [weights_of(folder) for folder in judged],
+        "solver": config.solver,
+        "coefficients": config.coefficients,
+    }
+    if kept(out, made_from):
+        return json.loads(out.read_text())
+    task, real = task_of(name), open_trajectories((str(config.data / name),))
     policy = StatePolicy.from_pretrained(config.out / name / "td3bc-real" / "seed-0")
     model = TrajectoryDiffusion.from_pretrained(config.out / name / "trajectory").with_solver(config.solver)
     ensemble = DynamicsEnsemble.from_pretrained(config.out / name / "dynamics")
@@ -179,7 +188,7 @@ def against_coefficient(config: MakeOfflineRL, name: str) -> list[dict[str, Any]
     found.append({"source": "autoregressive", "coefficient": None, **measured(task, policy, rolled, real, name)})
     recorded = real.select(range(0, len(real), max(1, len(real) // 40)))
     found.append({"source": "recorded", "coefficient": None, **measured(task, policy, recorded, real, name)})
-    kept.write_text(json.dumps(found))
+    out.write_text(json.dumps(found))
     return found
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 from result_tables import number, row, table
-from stages import pace, record, seconds_a_step, together, train
+from stages import kept, pace, record, seconds_a_step, together, train
 
 from worldline.checkpoint import load_config
 from worldline.commands.dreaming import Evaluate, run_eval
@@ -32,6 +32,7 @@ from worldline.commands.outputs import report_results
 from worldline.commands.posttraining import Posttrain, run_posttrain
 from worldline.commands.ranking import Rank, run_rank
 from worldline.commands.ranking_page import change_rows
+from worldline.commands.rollouts import weights_of
 from worldline.eval.intervals import paired_interval
 from worldline.eval.replays import Replays, join_replays, load_replays, open_for
 from worldline.rl_in_imagination.inverse import InverseModel
@@ -175,7 +176,8 @@ def seconds_an_iteration(settings: Posttrain) -> float:
 def post_train(config: MakePosttraining, seed: int) -> Path:
     settings = posttraining(config, seed)
     iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(settings)))
-    if not (settings.out / "report.json").is_file():
+    models = [weights_of(folder) for folder in (settings.world_model, settings.reward, settings.judge) if folder]
+    if not kept(settings.out, {"models": models, "iterations": iterations}, done="report.json"):
         run_posttrain(replace(settings, rl=replace(settings.rl, iterations=iterations)))
     return settings.out
 
@@ -240,7 +242,7 @@ def clip_of(replays: Replays, seeing: Tokenizer, rows: torch.Tensor, device: str
 
 def evaluated(config: MakePosttraining, folder: Path) -> dict[str, Any]:
     out = folder.with_name(f"eval-{folder.name}")
-    if not (out / "report.json").is_file():
+    if not kept(out, {"model": weights_of(folder), "frames": config.frames}, done="report.json"):
         data = tuple(config.out / task / "test" for task in config.tasks)
         run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
     return report_results(out)

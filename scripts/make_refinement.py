@@ -12,7 +12,7 @@ Everything is kept in --out; run the same command again after an interruption. P
 What takes hours here is deepened on a bigger machine with the same command and more --tasks, --seeds, --budget or --jobs.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,12 +23,12 @@ import torch
 import tyro
 from result_tables import row, table
 from scipy.stats import binomtest
-from stages import record, together, train, truth_settings
+from stages import kept, record, together, train, truth_settings
 from statsmodels.stats.multitest import multipletests
 
 from worldline.commands.outputs import report_results
 from worldline.commands.refining import Refine, run_refine
-from worldline.commands.rollouts import Kept, Truth, identity_of
+from worldline.commands.rollouts import Kept, Truth, identity_of, weights_of
 from worldline.commands.sampling import load_dream
 from worldline.commands.synthesizing import Synthesize, run_synthesize
 from worldline.errors import DatasetError
@@ -76,6 +76,8 @@ class MakeRefinement:
     world_model: Literal["transformer", "unet"] = "transformer"
     """The dream: the autoregressive transformer, or World4RL's U-Net with two-hot actions. Both may be made in one --out."""
     rl: RefineSettings = field(default_factory=RefineSettings)
+    doubt_steps: int = 0
+    """Of refinement: end dreams that leave what the world model knows (`worldline refine --doubt-steps`)."""
     jobs: int = 1
     """Tasks and seeds at a time, each in a process of its own: for machines with many cores, with or without a GPU."""
     arms: tuple[Literal["refined", "fine-tuned", "filtered-bc", "iql", "filtered-bc, refined"], ...] = ARMS[1:]
@@ -194,21 +196,27 @@ def refine(config: MakeRefinement, task: str, arm: str, seed: int, start: Path) 
     """`start` after PPO in the dream of the task and seed; imagined and true success at every check are kept beside it."""
     home = config.out / task
     out = home / dreamt(config, REFINED[arm][1], seed)
-    if not (out / "report.json").is_file():
-        run_refine(
-            Refine(
-                policy=start,
-                world_model=home / dreamt(config, "wm", seed),
-                scorer=home / f"success{seed}",
-                data=real(home),
-                out=out,
-                rl=replace(config.rl, seed=seed, frames=config.frames, iterations=steps(config, config.rl.iterations)),
-                override_audit=True,
-                truth=f"metaworld/{task}",
-                truth_episodes=config.test_episodes // 2,
-            )
-        )
+    settings = Refine(
+        policy=start,
+        world_model=home / dreamt(config, "wm", seed),
+        scorer=home / f"success{seed}",
+        data=real(home),
+        out=out,
+        rl=replace(config.rl, seed=seed, frames=config.frames, iterations=steps(config, config.rl.iterations)),
+        doubt_steps=config.doubt_steps,
+        override_audit=True,
+        truth=f"metaworld/{task}",
+        truth_episodes=config.test_episodes // 2,
+    )
+    if not kept(out, made_from(settings, start, settings.world_model, settings.scorer), done="report.json"):
+        run_refine(settings)
     return out
+
+
+def made_from(settings: Refine | Synthesize, *models: Path) -> dict[str, Any]:
+    """What decides what comes out: the settings, and the weights behind their folders."""
+    told = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("out", "batch", "processes")}
+    return {**told, "models": [weights_of(folder) for folder in models]}
 
 
 def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path, Path], seed: int) -> Path | None:
@@ -225,7 +233,7 @@ def imagine(config: MakeRefinement, home: Path, cloned: Path, judges: tuple[Path
         override_audit=True,
         seed=seed,
     )
-    if not (out / "synthesis" / "report.json").is_file():
+    if not kept(out, made_from(settings, cloned, *judges), done="synthesis/report.json"):
         try:
             run_synthesize(settings)
         except DatasetError as error:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import tyro
 from result_tables import row, table
-from stages import record, train
+from stages import kept, record, train
 
+from worldline.commands.rollouts import weights_of
 from worldline.commands.sampling import load_dream
 from worldline.eval.intervals import bootstrap_distribution
 from worldline.eval.probes import Probe
@@ -88,14 +89,14 @@ def evaluate(config: MakeRevisits, arm: str, seed: int) -> dict[str, Any]:
             data=(home / "data",), tokenizer=home / "tok", out=home / f"{arm}{seed}", model=model, loop=loop
         ),
     )
-    kept = home / f"revisits-{arm}{seed}.json"
-    if not kept.is_file():
+    out = home / f"revisits-{arm}{seed}.json"
+    if not kept(out, {"models": [weights_of(folder), weights_of(home / "probe")], "away": config.away}):
         dream = load_dream(folder)
         dataset, stride = open_for(dream.spec, home / "test")
         replays = load_replays(dataset, range(len(dataset)), cameras=("wrist",), frames=None, stride=stride)
         judge = Probe.from_pretrained(home / "probe")
-        kept.write_text(json.dumps(revisit_identity(dream, replays, judge, away=config.away, progress=True)))
-    return json.loads(kept.read_text())
+        out.write_text(json.dumps(revisit_identity(dream, replays, judge, away=config.away, progress=True)))
+    return json.loads(out.read_text())
 
 
 def right(found: dict[str, Any], seen: str, what: str) -> np.ndarray:

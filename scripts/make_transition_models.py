@@ -18,10 +18,11 @@ import torch
 import tyro
 from make_refinement import MakeRefinement, prepare, real, train_scorer
 from result_tables import row, table
-from stages import record, seconds_a_step, train
+from stages import kept, record, seconds_a_step, train
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.outputs import report_results
+from worldline.commands.rollouts import weights_of
 from worldline.trainers import world_model, world_model_edm
 
 ARMS = ("transformer", "unet-two-hot", "unet-plain")
@@ -66,7 +67,11 @@ def trained(config: MakeTransitionModels, arm: str, seed: int) -> tuple[Path, fl
 
 def measured(config: MakeTransitionModels, folder: Path, scorer: Path) -> dict[str, Any]:
     out = folder.with_name(f"eval-{folder.name}")
-    if not (out / "report.json").is_file():
+    if not kept(
+        out,
+        {"models": [weights_of(folder), weights_of(scorer)], "frames": config.refinement.frames},
+        done="report.json",
+    ):
         data = config.out / config.task / "test"
         options: dict[str, Any] = {"frames": config.refinement.frames, "split": "all", "doubt_steps": 2}
         run_eval(Evaluate(world_model=folder, data=(data,), out=out, scorer=scorer, **options))

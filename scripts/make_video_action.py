@@ -26,7 +26,7 @@ import torch
 import tyro
 from make_refinement import PERSIST, gain, rate
 from result_tables import row, table
-from stages import record, seconds_a_step, train, truth_settings
+from stages import kept, record, seconds_a_step, train, truth_settings
 
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.outputs import report_results
@@ -203,9 +203,9 @@ def forward_table(config: MakeVideoAction, seed: int) -> str:
     found = {}
     for arm in ("autoregressive", *UNIFIED):
         out = config.out / f"eval-{arm}{seed}"
-        if not (out / "report.json").is_file():
+        folder = trained(config, arm, seed)
+        if not kept(out, {"model": weights_of(folder), "frames": config.frames}, done="report.json"):
             data = tuple(config.out / task / "test" for task in config.tasks)
-            folder = trained(config, arm, seed)
             run_eval(Evaluate(world_model=folder, data=data, out=out, split="all", frames=config.frames))
         found[arm] = report_results(out)
     rows = []

@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from bench_train import gflop
 
+from worldline.checkpoint import to_json
 from worldline.commands.recording import Record, cores, run_record
 from worldline.commands.rollouts import TruthSettings
 from worldline.data import LeRobotDataset, RobustNormalizer, strided
@@ -27,10 +30,27 @@ TIMED = (40, 120)  # steps of the two short runs whose difference says what a st
 
 def record(out: Path, world: str, episodes: int, **options: Any) -> Path:
     """Record a dataset unless it is there."""
-    if not (out / "meta" / "info.json").is_file():
+    if not kept(out, {"world": world, "episodes": episodes, **options}, done="meta/info.json"):
         print(f"recording {out}", flush=True)
         run_record(Record(world=world, out=out, episodes=episodes, **options))
     return out
+
+
+def kept(made: Path, made_with: Mapping[str, Any], *, done: str = "") -> bool:
+    """Whether `made` (a file, or a folder that holds `done` at its end) is there and was made with just this.
+
+    What it is made with is noted beside it. Raises `SystemExit` where it was made with something else: a table must not show what another
+    command found.
+    """
+    note, now = made.with_name(f"{made.name}-made-with.json"), json.loads(json.dumps(to_json(dict(made_with))))
+    if not (made / done if done else made).is_file():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now, indent=1))
+        return False
+    before = json.loads(note.read_text()) if note.is_file() else now
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise SystemExit(f"{made} was made with another {', '.join(changed)}: use another --out, or delete it")
+    return True
 
 
 def together(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -42,22 +62,37 @@ def together(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
     if jobs == 1 or len(calls) < 2:
         return [call() for call in calls]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(jobs, len(calls)), mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(min(jobs, len(calls)), mp_context=spawn, initializer=_begin_worker) as pool:
         begun = [pool.submit(call) for call in calls]
     return [one.result() for one in begun]
+
+
+def _begin_worker() -> None:
+    """One thread; and where the script is killed its trainings end too, so that the next run does not find them still writing."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def train(module: Any, config: Any) -> Path:
     """Run a stage unless it has run to its end."""
     path, claim = config.out / "config.json", config.out / "training" / "run.json"
     if path.is_file() and json.loads(path.read_text())["provenance"].get("steps") == config.loop.steps:
-        learned = json.loads(claim.read_text())["config"]["data"]
+        before = json.loads(claim.read_text())["config"]
+        learned = before["data"]
         if learned != [str(folder) for folder in config.data]:
             raise SystemExit(
                 f"{config.out} learned from {learned}, now {list(map(str, config.data))}: use another --out"
             )
+        now = to_json(config)
+        if changed := [name for name in before if name in now and before[name] != now[name]]:
+            raise SystemExit(f"{config.out} was trained with another {', '.join(changed)}: use another --out")
         return config.out
     print(f"training {config.out}", flush=True)
     return module.run(config)

@@ -65,6 +65,40 @@ def busy(seconds: float) -> None:
         pass
 
 
+def test_what_was_trained_otherwise_is_refused(tmp_path: Path) -> None:
+    """A table must not show what another command found under its own settings."""
+    calls: list[Path] = []
+    module, settings = stage(calls), Settings(tmp_path / "a", (tmp_path / "one",), LoopConfig(steps=10))
+    stages.train(module, settings)
+    claim = settings.out / "training/run.json"
+    claim.write_text(json.dumps({"config": {"data": [str(tmp_path / "one")], "width": 32}}))
+
+    @dataclass(frozen=True)
+    class Wide(Settings):
+        width: int = 64
+
+    assert stages.train(module, Wide(settings.out, settings.data, settings.loop, width=32)) == settings.out
+    with pytest.raises(SystemExit, match=r"was trained with another width: use another --out"):
+        stages.train(module, Wide(settings.out, settings.data, settings.loop))
+
+
+def test_what_was_made_with_something_else_is_refused(tmp_path: Path) -> None:
+    report, result = tmp_path / "eval", tmp_path / "returns.json"
+    assert not stages.kept(report, {"model": "abc", "frames": 41}, done="report.json")
+    assert not report.exists()  # commands claim new folders
+    report.mkdir()
+    assert not stages.kept(report, {"model": "abc", "frames": 41}, done="report.json")  # interrupted
+    (report / "report.json").write_text("{}")
+    assert stages.kept(report, {"model": "abc", "frames": 41}, done="report.json")
+    with pytest.raises(SystemExit, match=r"eval was made with another model: use another --out, or delete it"):
+        stages.kept(report, {"model": "def", "frames": 41}, done="report.json")
+    assert not stages.kept(result, {"episodes": 20})
+    result.write_text("[]")
+    assert stages.kept(result, {"episodes": 20})
+    with pytest.raises(SystemExit, match="another episodes"):
+        stages.kept(result, {"episodes": 10})
+
+
 def test_a_pace_leaves_out_what_starting_costs_and_is_measured_once(tmp_path: Path) -> None:
     runs: list[int] = []
 

@@ -2,14 +2,18 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands.conftest import Lab, Run, record
 from tests.commands.dots import WORLD
 from worldline.commands.independence import shared_with_training
+from worldline.commands.rollouts import fingerprint_of
 from worldline.sim.record import episode_seed
+from worldline.types import Observation
 
 SHORT = ("--max-steps", 1, "--loop.warmup", 1, "--loop.batch-size", 2, "--frames", 4)
 NETWORK = ("--model.network.width", 32, "--model.network.depth", 1, "--model.network.heads", 2)
@@ -82,3 +86,14 @@ def test_data_is_found_again_after_a_move_and_not_taken_for_another(lab: Lab, wo
     shutil.rmtree(there / "data")
     record(there / "data", 10, "--seed", 9)  # another dataset in its place
     assert any(f"{here / 'data'}, the data of the world-model" in s for s in shared(lab, there / "wm", truth=truth))
+
+
+def test_kept_rollouts_are_of_their_instruction() -> None:
+    """Two tasks may begin with the same picture; what is dreamt for one sentence is not the other's."""
+    starts = Observation(
+        images={"top": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)},
+        pose=torch.zeros(2, 3),
+        instruction=("reach", "reach"),
+    )
+    other = replace(starts, instruction=("reach", "place"))
+    assert fingerprint_of(starts) == fingerprint_of(replace(starts)) != fingerprint_of(other)

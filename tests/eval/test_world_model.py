@@ -1,11 +1,15 @@
 """What the evaluation concludes from its tables."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from worldline.eval.probes import Probe
 from worldline.eval.replays import Replays, join_replays
-from worldline.eval.world_model import worst_gains
+from worldline.eval.world_model import action_following, worst_gains
 
 
 def row(horizon: int, gain: float, *, half: float = 1.0, camera: str = "rgb", baseline: str = "copy-first") -> dict:
@@ -59,3 +63,22 @@ def test_a_noisy_camera_is_noisy_in_what_the_dream_begins_with_and_not_in_what_i
     shown, real = grainy.first.images["rgb"], grainy.frames["rgb"][:, 0]
     assert torch.equal(shown, grainy.first.images["rgb"])  # the same noise every time
     assert abs(float((shown.float() - real).std()) - 25.5) < 1.5
+
+
+def test_an_action_that_never_changes_has_no_share_in_how_well_actions_are_followed() -> None:
+    clips = replays(8, 6)
+    held = torch.cat([clips.actions[..., :3], torch.full_like(clips.actions[..., :1], -1.0)], -1)
+    clips = replace(clips, actions=held)
+
+    class Near(Probe):
+        """Reads all dimensions 0.02 off."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.config = cast(Any, SimpleNamespace(names=("dx", "dy", "dz", "gripper")))
+
+        def read_video(self, video):
+            return held.mean(2) + 0.02
+
+    found = action_following(Near(), clips, {name: {} for name in ("tokenizer", "true", "copy-first")})
+    assert found["true"]["r2"][3] is None and found["true"]["r2_mean"] > 0.99

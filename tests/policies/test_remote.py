@@ -131,6 +131,18 @@ def test_load_policy_takes_an_address_with_corruption() -> None:
         policy.policy.close()
 
 
+def test_an_address_says_how_long_an_answer_may_take() -> None:
+    with PolicyServer(Counting(4)) as server:
+        patient = load_policy(f"{server.url}@timeout=60", spec=SPEC)
+        worse = load_policy(f"{server.url}@lag=3,timeout=7.5", spec=SPEC)
+        assert isinstance(patient, RemotePolicy) and patient.timeout == 60
+        assert isinstance(worse, Corrupted) and worse.policy.timeout == 7.5
+        with pytest.raises(PolicyError, match=r"timeout=SECONDS required after '@', got 'long'"):
+            load_policy(f"{server.url}@timeout=long", spec=SPEC)
+        for policy in (patient, worse.policy):
+            policy.close()
+
+
 # --- what the server declares -----------------------------------------------------------------------------------------
 
 

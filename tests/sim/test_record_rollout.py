@@ -7,7 +7,7 @@ import torch
 
 from tests.sim.toys import POINT, Push, push_broken, push_reach
 from worldline.commands.recording import Record, run_record
-from worldline.data.lerobot_read import LeRobotDataset
+from worldline.data.lerobot_read import UNKNOWN, LeRobotDataset
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, PolicyError, SimulatorError, SpecMismatch
 from worldline.sim import WorldPool, episode_seed, make_world, record, rollout_actions, rollout_policy
@@ -57,6 +57,8 @@ def test_two_processes_and_a_kill_change_nothing(tmp_path: Path, monkeypatch: py
         record(REACH, tmp_path / "killed", episodes=5, **SMALL)
     with pytest.raises(DatasetError, match="seed"):
         record(REACH, tmp_path / "killed", episodes=5, resume=True, **{**SMALL, "seed": 6})
+    with pytest.raises(DatasetError, match="provenance"):  # half of it without actions
+        record(REACH, tmp_path / "killed", episodes=5, resume=True, provenance={"actions": UNKNOWN}, **SMALL)
     resumed = contents(record(REACH, tmp_path / "killed", episodes=5, processes=2, resume=True, **SMALL))
     assert same(whole, resumed)
 

@@ -155,6 +155,25 @@ def test_a_tokenizer_with_another_weight_of_motion_is_another_run(dots, tmp_path
         tokenizer.run(replace(settings, motion_weight=0.0), progress=False)
 
 
+def test_a_copy_of_what_was_observed_is_still_that(tmp_path):
+    few = LeRobotDataset(without_extras(write_dots(tmp_path / "few", episodes=12)))
+    every = [few.episode(i) for i in range(12)]
+    copied = LeRobotDataset(write_dataset(tmp_path / "copy", every, like=few))
+    assert copied.range_observed and copied.split("held-out") == few.split("held-out")
+    assert not LeRobotDataset(write_dataset(tmp_path / "told", every)).range_observed
+    wider = replace(few.spec, action=replace(few.spec.action, high=(3.0,) * 4))
+    assert open_for(wider, copied.root)[0].spec.action.high == (3.0,) * 4  # a model of more recordings
+
+
+def test_a_unified_model_with_nothing_to_imitate_is_refused(patches, tmp_path):
+    data = write_dataset(tmp_path / "failures", (dot_episode(i, expert=False) for i in range(12)), split_seed=9)
+    settings = video_action_config(data, patches, tmp_path / "va", steps=2, demonstrations="success")
+    with pytest.raises(DatasetError, match=r"episodes to imitate \(success\) required, got none"):
+        video_action.run(settings, progress=False)
+    forward = replace(settings, model=replace(settings.model, shares={"forward": 1.0}))
+    video_action.run(forward, progress=False)
+
+
 @pytest.fixture(scope="module")
 def two_views(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("views") / "data"

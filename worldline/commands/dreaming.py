@@ -208,7 +208,12 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         batch=config.batch,
         progress=progress,
     )
-    results = {"protocol": _protocol(config, dream, replays), "actions_out_of_range": ranges, **found.results}
+    results = {
+        "split": config.split,
+        "protocol": _protocol(config, dream, replays),
+        "actions_out_of_range": ranges,
+        **found.results,
+    }
     diagnostic = None
     if judges.scorer is not None and replays.frame_success is not None:
         options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}

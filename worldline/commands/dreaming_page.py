@@ -23,7 +23,7 @@ def evaluation_page(
     """Everything that `eval` measured, in reading order. `results` are all that report.json will hold."""
     protocol_text(report, results["protocol"])
     report.text(
-        f"{results['episodes']} held-out episodes of {results['frames']} frames, each imagined from its first frame under its "
+        f"{results['episodes']} episodes (split '{results['split']}') of {results['frames']} frames, each imagined from its first frame under its "
         "recorded actions. **Moved** pixels are those of the real video that differ from the first frame."
     )
     shown = [k for k in ("true", "shuffled", "action-free") if k in found.dreams]

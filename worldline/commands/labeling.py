@@ -49,6 +49,8 @@ def run_label(config: Label, *, progress: bool = True) -> Path:
     failures = check_inverse(config.inverse, override=config.override_audit)
     model = InverseModel.from_pretrained(config.inverse)
     dataset = LeRobotDataset(config.data)
+    if observed := dataset.range_observed and dataset.spec.action.names == model.spec.action.names:
+        dataset = dataset.with_range(model.spec.action.low, model.spec.action.high)  # of what it will be given
     require_match(
         dataset.spec, model.spec, between=f"dataset {config.data} and inverse model {config.inverse}", only=FITS
     )
@@ -59,7 +61,7 @@ def run_label(config: Label, *, progress: bool = True) -> Path:
             "Give --relabel True to replace them in the copy."
         )
     held_out = [number for number, index in enumerate(episodes) if dataset.held_out(index)]  # the same in the copy
-    writer = DatasetWriter(config.out, dataset.spec, resume=True, held_out=held_out)
+    writer = DatasetWriter(config.out, dataset.spec, resume=True, held_out=held_out, range_observed=observed)
     _require_same(writer, {"inverse": model.name, "data": dataset.fingerprint})
     said = _provenance(model, failures)
     store, staged = FrameStore(dataset), writer.staged()

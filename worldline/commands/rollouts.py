@@ -74,8 +74,9 @@ def identity_of(name: str, policy: Policy) -> list[Any]:
 
 
 def fingerprint_of(starts: Observation) -> str:
-    """Sixteen hex digits of first frames and poses."""
+    """Sixteen hex digits of first frames, poses and instructions."""
     digest = hashlib.sha256(starts.pose.numpy().tobytes())
+    digest.update(json.dumps(starts.instruction).encode())
     for camera in sorted(starts.images):
         digest.update(starts.images[camera].numpy().tobytes())
     return digest.hexdigest()[:16]

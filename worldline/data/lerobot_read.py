@@ -103,7 +103,8 @@ class LeRobotDataset:
             action, steps = action_spec(self.root, self.info, self.action_columns, meaning), 1
         else:
             action, steps = base.action, base.control_steps
-        self.range_observed = (base is None or action_columns is not None) and action_range is None
+        own_range = base is not None and action_columns is None and not self._extras.get("range_observed", False)
+        self.range_observed = not own_range and action_range is None
         if action_range is not None:
             low, high = (tuple(map(float, bound)) for bound in action_range)
             action = replace(action, low=low, high=high)

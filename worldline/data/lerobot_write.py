@@ -35,6 +35,7 @@ from worldline.data.lerobot_assemble import (
     vector_feature,
     video_feature,
 )
+from worldline.data.lerobot_read import LeRobotDataset
 from worldline.data.splits import held_out_episodes
 from worldline.data.statistics import image_histogram
 from worldline.data.video import CODEC_NAMES, encode_video
@@ -58,7 +59,7 @@ class DatasetWriter:
     Instances hold only plain values, so that they can be sent to worker processes. `resume=True` accepts a folder whose
     recording was interrupted; `codec` is any H.264 or AV1 encoder of FFmpeg ("libsvtav1", "libx264"); `data_mb` and
     `video_mb` limit the size of one file. `held_out`: numbers of the episodes that are not trained on; by default a seventh, chosen by a hash
-    of `split_seed` and number. Raises `DatasetError` if `root` holds anything that is not this writer's own staging.
+    of `split_seed` and number. `range_observed`: the spec's range of actions is what was seen, not what may be. Raises `DatasetError` if `root` holds anything that is not this writer's own staging.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class DatasetWriter:
         resume: bool = False,
         split_seed: int = 0,
         held_out: Iterable[int] | None = None,
+        range_observed: bool = False,
         data_mb: int | float = DATA_MB,
         video_mb: int | float = VIDEO_MB,
     ) -> None:
@@ -79,6 +81,7 @@ class DatasetWriter:
         self.spec = spec
         self.crf, self.codec, self.gop, self.split_seed = crf, codec, gop, split_seed
         self.held_out = None if held_out is None else sorted(set(held_out))
+        self.range_observed = range_observed
         self.data_mb, self.video_mb = data_mb, video_mb
         self.staging = self.root / STAGING
         if bad := [c.name for c in spec.cameras if "/" in c.name or not c.name]:
@@ -260,6 +263,7 @@ class DatasetWriter:
                         "spec": to_json(self.spec),
                         "split_seed": self.split_seed,
                         "held_out": held_out,
+                        "range_observed": self.range_observed,
                     }
                 },
                 extra_types=EXTRA_TYPES,
@@ -342,8 +346,19 @@ def action_column_names(spec: WorldSpec) -> list[str]:
     return [f"{name}@{step}" for step in range(spec.control_steps) for name in spec.action.names]
 
 
-def write_dataset(root: str | Path, episodes: Iterable[Episode], **settings: Any) -> Path:
-    """Write `Episode`s (all with the first one's spec) as a dataset. `settings` are `DatasetWriter`'s. Returns `root`."""
+def write_dataset(
+    root: str | Path, episodes: Iterable[Episode], *, like: LeRobotDataset | None = None, **settings: Any
+) -> Path:
+    """Write `Episode`s (all with the first one's spec) as a dataset. Returns `root`.
+
+    Args:
+        like: the dataset whose episodes these are, all of them in its order: the same are held out, and a range of actions that was only
+            observed stays known as such.
+        settings: `DatasetWriter`'s.
+    """
+    if like is not None:
+        kept = {"held_out": [i for i in range(len(like)) if like.held_out(i)], "range_observed": like.range_observed}
+        settings = kept | settings
     writer: DatasetWriter | None = None
     for number, episode in enumerate(episodes):
         writer = writer or DatasetWriter(root, episode.spec, **settings)

@@ -281,13 +281,16 @@ def action_following(
 ) -> dict[str, Any]:
     """R^2 of the actions an inverse model reads off videos against those commanded, per action dimension and mean.
 
-    `tokenizer` (real frames reconstructed) is the ceiling.
+    `tokenizer` (real frames reconstructed) is the ceiling. Of a dimension that never changes there is none, nor does it count in the mean.
     """
     commanded = replays.actions.mean(2)
+    spread = commanded.var((0, 1), correction=0)
+    moves = spread > 1e-6
     out: dict[str, Any] = {"names": list(inverse_model.config.names)}
     for name in ("tokenizer", "true", "copy-first"):
         read = inverse_model.read_video(dreams[name])
         residual = (read - commanded).square().mean((0, 1))
-        r2 = 1 - residual / commanded.var((0, 1), correction=0).clamp(min=1e-9)
-        out[name] = {"r2": [float(v) for v in r2], "r2_mean": float(r2.mean())}
+        r2 = 1 - residual / spread.clamp(min=1e-6)
+        each = [float(v) if there else None for v, there in zip(r2, moves.tolist())]
+        out[name] = {"r2": each, "r2_mean": float(r2[moves].mean()) if moves.any() else None}
     return out

@@ -21,7 +21,7 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     """A policy from what a user types.
 
     `runs/bc50` a checkpoint folder (or hub name), of a policy or of a unified video-action model · `module:function` a Python callable ·
-    `ws://host:port` a policy served from another environment · any of these with `@noise=0.5,lag=4` behind it, corrupted; a
+    `ws://host:port` a policy served from another environment (`@timeout=60`: seconds an answer may take, 10 by default) · any of these with `@noise=0.5,lag=4` behind it, corrupted; a
     video-action model also with `@steps=4,execute=1,warm=0.5`: solver steps, blocks handed out at a time, the level it begins at.
 
     Args:
@@ -31,7 +31,8 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     if base.startswith(("ws://", "wss://")):
         from worldline.policies.remote import RemotePolicy
 
-        policy: Policy = RemotePolicy(base, spec)
+        options, limit = _take_timeout(name, options)
+        policy: Policy = RemotePolicy(base, spec, timeout=limit)
     elif ":" in base and "/" not in base:
         policy = CallablePolicy.load(base, spec)
     else:
@@ -47,6 +48,17 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
             else:
                 policy = (SteeredPolicy if kind == KIND else ClonedPolicy).from_pretrained(folder)
     return _with_options(policy, name, options) if options else policy
+
+
+def _take_timeout(name: str, options: str) -> tuple[str, float]:
+    """The options behind '@' without `timeout`, and the seconds that it says (10)."""
+    items = [item for item in options.split(",") if item]
+    told = [item.partition("=")[2] for item in items if item.startswith("timeout=")]
+    try:
+        limit = float(told[-1]) if told else 10.0
+    except ValueError as error:
+        raise PolicyError(f"policy {name!r}: timeout=SECONDS required after '@', got {told[-1]!r}") from error
+    return ",".join(item for item in items if not item.startswith("timeout=")), limit
 
 
 def _with_options(policy: Policy, name: str, options: str) -> Policy:

@@ -157,7 +157,7 @@ class RemotePolicy:
                 self.close()  # a late answer must not be taken for the next one's
                 raise PolicyError(
                     f"policy {self.name!r} at {self.url}: an answer within {self.timeout:g} s required, got none. "
-                    "Look at the server's log; raise the timeout if it is only slow."
+                    f"Look at the server's log; if it is only slow, allow it more: {self.url}@timeout=60."
                 ) from error
             except (OSError, WebSocketException) as error:
                 self.close()

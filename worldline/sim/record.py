@@ -168,12 +168,12 @@ def _record_parallel(job: _Job, spec: WorldSpec, missing: Sequence[int], process
 
 def _claim(job: _Job, path: Path) -> None:
     """Note what is being recorded beside the staged episodes, or check that it is still the same."""
-    identity = {name: getattr(job, name) for name in ("world", "label", "seed", "horizon", "execute")}
+    identity = {name: getattr(job, name) for name in ("world", "label", "seed", "horizon", "execute", "provenance")}
     if not path.exists():
         write_json(path, identity)
         return
     noted = read_json(path)
-    if different := [name for name in identity if identity[name] != noted.get(name)]:
+    if different := [name for name in identity if name in noted and identity[name] != noted[name]]:
         raise DatasetError(
             f"{job.out}: the interrupted recording has another "
             + ", ".join(f"{name} ({noted.get(name)!r}, now {identity[name]!r})" for name in different)

@@ -223,6 +223,12 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
     parts, held_out = _parts(config, "train", cameras), _parts(config, "held-out", cameras)
     training = [p.selection for p in parts]
     settings = replace(config.model, shares=VIDEO_ONLY) if config.stage == "video" else config.model
+    asked = [query for query in ("policy", "joint") if settings.shares.get(query)]
+    if config.stage == "joint" and asked and not any(p.imitated for p in parts):
+        raise DatasetError(
+            f"{', '.join(map(str, config.data))}: episodes to imitate ({config.demonstrations}) required, got none: what to do could not be "
+            f"learned. Give --demonstrations all, or ask for nothing of the kind (--model.shares without {' and '.join(asked)})."
+        )
     model = None if config.init_from is None else _trained(config, settings, tokenizer, training[0].dataset.spec)
     claim_output(
         config.out,

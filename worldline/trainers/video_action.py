@@ -224,7 +224,7 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
     training = [p.selection for p in parts]
     settings = replace(config.model, shares=VIDEO_ONLY) if config.stage == "video" else config.model
     asked = [query for query in ("policy", "joint") if settings.shares.get(query)]
-    if config.stage == "joint" and asked and not any(p.imitated for p in parts):
+    if asked and any(p.acted for p in parts) and not any(p.imitated for p in parts):
         raise DatasetError(
             f"{', '.join(map(str, config.data))}: episodes to imitate ({config.demonstrations}) required, got none: what to do could not be "
             f"learned. Give --demonstrations all, or ask for nothing of the kind (--model.shares without {' and '.join(asked)})."

@@ -12,9 +12,8 @@ from torch import Tensor
 from worldline.data.splits import held_out_episodes
 from worldline.data.trajectories import Trajectories
 from worldline.rl_in_imagination.dynamics import DynamicsConfig, DynamicsEnsemble
-from worldline.trainers.inputs import claim_output
 from worldline.trainers.loop import LoopConfig, train
-from worldline.trainers.trajectory import open_trajectories, provenance_of
+from worldline.trainers.trajectory import claim_trajectories, open_trajectories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +71,7 @@ def run(config: TrainDynamics, *, progress: bool = True) -> Path:
     data = open_trajectories(config.data)
     out = set(held_out_episodes(range(len(data)), 0))
     training = data.select(i for i in range(len(data)) if i not in out)
-    made_from = provenance_of(data, config.data, config.out)
-    claim_output(
-        config.out,
-        "dynamics",
-        config,
-        identity=("data", "model"),
-        made_from={"what the data hold": made_from["dataset_fingerprints"][0]},
-    )
+    made_from = claim_trajectories(config, "dynamics", data)
     torch.manual_seed(config.loop.seed)
     model = DynamicsEnsemble(config.model, data.spec).fit(training)
     stage = _DynamicsStage(model, training, data.select(sorted(out)) if out else None)

@@ -118,6 +118,14 @@ def provenance_of(data: Trajectories, sources: Sequence[str], out: Path) -> dict
     }
 
 
+def claim_trajectories(config: Any, part: str, data: Trajectories) -> dict[str, Any]:
+    """Make the output folder that of a `part` learned from these data; gives what its checkpoint says of them."""
+    made_from = provenance_of(data, config.data, config.out)
+    held = {"what the data hold": made_from["dataset_fingerprints"][0]}
+    claim_output(config.out, part, config, identity=("data", "model"), made_from=held)
+    return made_from
+
+
 def run(config: TrainTrajectory, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder. Raises `DatasetError` if no episode fills a window."""
     data = open_trajectories(config.data)
@@ -126,14 +134,7 @@ def run(config: TrainTrajectory, *, progress: bool = True) -> Path:
     # a held-out episode may be shorter than a window; training ones must not all be
     long_enough = [i for i in sorted(out) if data.lengths[i] >= config.model.length]
     held_out = data.select(long_enough) if long_enough else None
-    made_from = provenance_of(data, config.data, config.out)
-    claim_output(
-        config.out,
-        "trajectory-model",
-        config,
-        identity=("data", "model"),
-        made_from={"what the data hold": made_from["dataset_fingerprints"][0]},
-    )
+    made_from = claim_trajectories(config, "trajectory-model", data)
     torch.manual_seed(config.loop.seed)
     model = TrajectoryDiffusion(config.model, data.spec)
     model.layout.fit(training)

@@ -2,9 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +17,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.recording import Record, cores, run_record
 from worldline.commands.rollouts import TruthSettings
 from worldline.data import LeRobotDataset, RobustNormalizer, strided
+from worldline.sim.workers import end_with_parent
 from worldline.tokenizers import load_tokenizer
 from worldline.trainers.world_model import TrainWorldModel
 from worldline.types import Clip, WorldSpec
@@ -70,14 +69,7 @@ def together(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
 def _begin_worker() -> None:
     """One thread; and where the script is killed its trainings end too, so that the next run does not find them still writing."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def train(module: Any, config: Any) -> Path:

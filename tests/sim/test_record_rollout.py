@@ -1,7 +1,11 @@
 """Recording and rolling out: same result for any number of processes, resumable, as the simulator gave it."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -61,6 +65,45 @@ def test_two_processes_and_a_kill_change_nothing(tmp_path: Path, monkeypatch: py
         record(REACH, tmp_path / "killed", episodes=5, resume=True, provenance={"actions": UNKNOWN}, **SMALL)
     resumed = contents(record(REACH, tmp_path / "killed", episodes=5, processes=2, resume=True, **SMALL))
     assert same(whole, resumed)
+
+
+def test_a_killed_recording_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Killed as the system does when memory is short: nothing of it gets to clean up, and each worker holds a simulator."""
+    settings = [
+        "--episodes",
+        "500",
+        "--horizon",
+        "24",
+        "--size",
+        "32",
+        "--processes",
+        "2",
+        "--out",
+        str(tmp_path / "d"),
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from worldline.cli import main; main(sys.argv[1:])",
+        "record",
+        REACH,
+        *settings,
+    ]
+    running = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("*.mp4")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        workers = running.children(recursive=True)
+    finally:
+        running.kill()
+        running.wait()
+    assert len(workers) >= 2
+    left = [w for w in psutil.wait_procs(workers, timeout=30)[1] if w.status() != psutil.STATUS_ZOMBIE]
+    for worker in left:
+        worker.kill()
+    assert not left
 
 
 def test_recorded_actions_lead_to_the_recorded_frames(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from worldline.errors import DatasetError, SimulatorError, WorldlineError
 from worldline.executor import ChunkExecutor
 from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world, observation
 from worldline.sim.scripted import ScriptedPolicy, scripted_policy
-from worldline.sim.workers import worker_context
+from worldline.sim.workers import end_with_parent, worker_context
 from worldline.types import Policy, WorldSpec, require_match
 
 log = logging.getLogger(__name__)
@@ -275,6 +275,7 @@ _writer: DatasetWriter | None = None
 def _start(job: _Job, spec: WorldSpec) -> None:
     """Once in each worker process. Ctrl-C is left to the parent, which lets running episodes finish."""
     global _worker, _writer
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _worker, _writer = _Worker(job), DatasetWriter(job.out, spec, crf=job.crf, resume=True)

@@ -7,7 +7,9 @@ live on a GPU.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -31,6 +33,22 @@ def worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["worldline.sim.workers"])
     return context
+
+
+def end_with_parent() -> None:
+    """End this worker as soon as the process that started it is gone, killed or not.
+
+    Workers of a `ProcessPoolExecutor` would wait forever for the next task, for they hold both ends of its queue, with a simulator of
+    hundreds of megabytes each.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker process ends with its parent"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class WorldPool:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tests.commands.conftest import Lab, Run
 from tests.commands.dots import WORLD
 from tests.commands.test_all_verbs import results
 from worldline import cli
-from worldline.checkpoint import load_config
+from worldline.checkpoint import load_config, read_tensors, write_tensors
 from worldline.commands.refining import Refine
 from worldline.rl_in_imagination.ppo import PPOConfig
 from worldline.trainers.refinement import RefineSettings
@@ -72,6 +73,30 @@ def test_grpo_and_diffusion_policies(lab: Lab, worldline: Run, tmp_path: Path) -
     found = results(tmp_path / "steered", videos=False)
     assert "value_error" not in found["history"][0] and found["doubt"]["limit"] > 0
     assert worldline("show", tmp_path / "steered").code == 0
+
+
+def test_a_second_world_model_decides(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "asked"
+    shutil.copytree(lab.wm, other)
+    tensors = read_tensors(other / "model.safetensors")
+    write_tensors(other / "model.safetensors", {k: v * 1.1 if v.is_floating_point() else v for k, v in tensors.items()})
+    truth = ["--truth", WORLD, "--truth-episodes", 2, "--processes", 0, "--videos", 0, "--rl.iterations", 1]
+    said = worldline(*command(lab, lab.bc, out, "--check-world-model", other, *truth))
+    assert said.code == 0, said.err
+    found = results(out, videos=False)
+    assert all(0 <= c["second_low"] <= c["second_success"] <= c["second_high"] <= 1 for c in found["checks"])
+    assert found["second"]["replayed"]["failures"] == found["replayed"]["failures"]
+    assert all(0 <= r["second_called_success"] <= r["failures"] for r in found["truth"]["checked"])
+    assert {"second world_model", "second tokenizer", "second scorer"} <= found["frozen"].keys()
+    page = (out / "report.html").read_text()
+    assert "second opinion" in page and "checked in" in page
+
+    again = worldline(*command(lab, lab.bc, out, *truth))
+    assert again.code == 2 and "check_world_model" in again.err  # a run's second opinion cannot be dropped halfway
+    same = worldline(*command(lab, lab.bc, tmp_path / "same", "--check-world-model", lab.wm, *truth))
+    assert same.code == 2 and "another model than --world-model required" in same.err
+    lone = worldline(*command(lab, lab.bc, tmp_path / "lone", "--check-scorer", lab.scorer, *truth))
+    assert lone.code == 2 and "check_scorer goes with check_world_model" in lone.err
 
 
 def test_what_cannot_be_refined_is_said(lab: Lab, worldline: Run, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.oracles import SPEC, DotScorer, ExactDotWorldModel, dot_tokenizer
+from tests.oracles import SPEC, DotScorer, ExactDotWorldModel, dot_tokenizer, locate
 from tests.policies.dots import small_policy
 from worldline.checkpoint import read_tensors
 from worldline.errors import CheckpointError, PolicyError, SpecMismatch, WorldlineError
@@ -26,6 +26,7 @@ from worldline.trainers.refinement import (
     refine,
     smoothed,
 )
+from worldline.types import Score
 
 SETTINGS = RefineSettings(
     iterations=6,
@@ -61,12 +62,15 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(judges: Judges, held_out: Replays, dots: Path, policy: Path, out: Path, **changes) -> Refinement:
+def run(
+    judges: Judges, held_out: Replays, dots: Path, policy: Path, out: Path, *, second: Judges | None = None, **changes
+) -> Refinement:
     settings = replace(SETTINGS, **changes)
     actor = load_actor(policy, SPEC, least_std=settings.least_std)
     claim(out, settings, IDENTITY)
     starts = load_starts((dots,), "train", judges.dream).first
-    return refine(actor, judges, starts, held_out, settings, out, provenance={"from": "test"}, progress=False)
+    options = {"provenance": {"from": "test"}, "progress": False}
+    return refine(actor, judges, starts, held_out, settings, out, second=second, **options)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,39 @@ def test_a_lucky_check_is_not_what_is_published() -> None:
     assert smoothed(checks) == pytest.approx([0.46, 0.525, 0.6125, 0.615, 0.59, 0.59])
     assert best_of(checks) == 15
     assert smoothed(checks[:1]) == [0.45]
+
+
+class LeakyScorer(DotScorer):
+    """Pays at the bottom left, away from the goal: a weak spot of one dream."""
+
+    name = "leaky"
+
+    def step(self, state, observation, action):
+        state, _ = super().step(state, observation, action)
+        x, y = locate(observation.images["top"]).T
+        paid = ((x < 0.5) & (y > 0.8)).float()
+        return state, Score(reward=paid, success=paid)
+
+
+def test_a_second_opinion_does_not_publish_what_one_dream_alone_calls_better(
+    judges: Judges, held_out: Replays, dots: Path, tmp_path: Path
+) -> None:
+    policy, leaky = small_policy("bc"), replace(judges, scorer=LeakyScorer())
+    with torch.no_grad():
+        policy.head.net[-1].bias.add_(torch.tensor([0.5, 0.0] * 2))  # goes right, far enough
+    policy.save_pretrained(tmp_path / "bc")
+    settings = {"iterations": 16, "ppo": replace(SETTINGS.ppo, lr=3e-3)}
+    alone = run(leaky, held_out, dots, tmp_path / "bc", tmp_path / "alone", **settings)
+    asked = run(leaky, held_out, dots, tmp_path / "bc", tmp_path / "asked", second=judges, **settings)
+    own = [c["success"] for c in asked.checks]
+    assert own == [c["success"] for c in alone.checks][: len(own)]  # who decides changes nothing in the learning
+    assert set(asked.fingerprints) > set(alone.fingerprints)  # the second is proven frozen, too
+    told = {}
+    for name in ("alone", "asked"):
+        published = load_policy(str(tmp_path / name), spec=SPEC)
+        told[name] = [refinement.imagined(published, j, held_out, SETTINGS)["success"] for j in (leaky, judges)]
+    assert told["alone"][0] > told["asked"][0] + 0.3 and told["alone"][1] < told["asked"][1] - 0.3, told
+    assert len(asked.checks) < len(alone.checks)
 
 
 def test_other_settings_are_refused_and_more_iterations_are_not(judges, held_out, dots, cloned, tmp_path) -> None:

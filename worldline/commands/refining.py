@@ -14,6 +14,7 @@ from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
 from worldline.commands.rollouts import Kept, Truth, TruthSettings, fingerprint_of, identity_of, weights_of
 from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
+from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
 from worldline.eval.ranking import ReplayDiagnostic, imagine_replays, replay_diagnostic
@@ -31,7 +32,7 @@ from worldline.trainers.refinement import (
     refine,
     smoothed,
 )
-from worldline.types import require_match
+from worldline.types import WorldSpec, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +58,13 @@ class Refine(SamplingFlags):
     doubt_steps: int = 0
     """End imagined episodes that leave what the world model knows: where two denoisings of a frame, of so many solver steps, disagree
     more than in dreams of held-out episodes. 2 costs about four more passes a frame; 0: never."""
+    check_world_model: Path | None = None
+    """Another world model (seed, kind or data) in whose dream the checks are done, and which the policy is never refined in: it decides what
+    is published and when to stop. Success that rises in the first dream alone is that dream's weak spot, not a better policy."""
+    check_scorer: Path | None = None
+    """Scorer of those checks, best one of its own; --scorer by default."""
     override_audit: bool = False
-    """Use a scorer that failed its audit. The report says so."""
+    """Use scorers that failed their audit. The report says so."""
     truth: str | None = None
     """Simulator that judges every checked policy afterwards, for example metaworld/drawer-open-v3. It is never trained in."""
     truth_episodes: int = 50
@@ -73,6 +79,8 @@ class Refine(SamplingFlags):
             raise ValueError(
                 f"truth_episodes of at least 1 and videos of at least 0 required, got {self.truth_episodes} and {self.videos}"
             )
+        if self.check_scorer is not None and self.check_world_model is None:
+            raise ValueError("check_scorer goes with check_world_model, the second dream, which was not given")
         if self.doubt_steps < 0:
             raise ValueError(f"doubt_steps of at least 0 required, got {self.doubt_steps}")
         if self.threshold is not None and not 0 < self.threshold < 1:
@@ -81,10 +89,10 @@ class Refine(SamplingFlags):
 
 def run_refine(config: Refine, *, progress: bool = True) -> Path:
     """Refine, write the report, return the folder."""
-    failures = check_scorer(config.scorer, override=config.override_audit)
+    scorers = {config.scorer, config.check_scorer or config.scorer}
+    failures = [f for folder in sorted(scorers) for f in check_scorer(folder, override=config.override_audit)]
     dream = load_dream(config.world_model, config.sampling())
-    scorer = SuccessScorer.from_pretrained(config.scorer)
-    require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+    scorer = _load_scorer(config.scorer, dream)
     doubt = load_doubt(dream, config.doubt_steps) if config.doubt_steps else None
     actor = load_actor(config.policy, dream.spec, least_std=config.rl.least_std)
     held_out = load_starts(config.data, "held-out", dream, frames=None)
@@ -95,21 +103,20 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "scorer": scorer.name,
         "data": [str(folder) for folder in config.data],
     }
-    claim(
-        config.out,
-        config.rl,
-        {**made_from, "threshold": config.threshold, "sampling": config.sampling(), "doubt_steps": config.doubt_steps},
-    )
+    other = None
+    if config.check_world_model is not None:
+        other = _second_dream(config, config.check_world_model, dream.spec)
+        made_from |= {"check_world_model": weights_of(config.check_world_model), "check_scorer": other[1].name}
+    asked = {name: made_from.get(name) for name in ("check_world_model", "check_scorer")}
+    changes = {"threshold": config.threshold, "sampling": config.sampling(), "doubt_steps": config.doubt_steps}
+    claim(config.out, config.rl, {**made_from, **asked, **changes})
     kept = Kept(config.out / "rollouts")
-    diagnostic = _replay(config, dream, scorer, held_out, kept, progress)
-    threshold = config.threshold
-    if threshold is None:
-        threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
-    doubted = None
+    first = _opinion(config, dream, scorer, [made_from["world_model"], config.sampling()], held_out, kept, progress)
+    second = other and _opinion(config, *other, [made_from["check_world_model"], {}], held_out, kept, progress)
+    judges, doubted = first.judges, None
     if doubt is not None:
         doubted = calibrate_doubt(doubt, held_out, progress=progress)
-        doubt = replace(doubt, limit=doubted.limit)
-    judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist, doubt=doubt)
+        judges = replace(judges, doubt=replace(doubt, limit=doubted.limit))
     found = refine(
         actor,
         judges,
@@ -117,21 +124,27 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         held_out,
         config.rl,
         config.out,
+        second=second and second.judges,
         provenance={"refined_from": str(config.policy), **made_from},
         progress=progress,
     )
-    truth = _truth(config, judges, found, kept, progress) if config.truth else None
+    truth = _truth(config, first, second, found, kept, progress) if config.truth else None
     results = {
         "best_iteration": found.best,
         "stopped": found.stopped,
-        "threshold": threshold,
+        "threshold": judges.threshold,
         # no episode may have ended in an iteration: then its success is not a number
         "history": [{k: None if math.isnan(v) else v for k, v in row.items()} for row in found.history],
         "checks": [{**c, "smoothed": mean} for c, mean in zip(found.checks, smoothed(found.checks))],
         "audit_failures": failures,
         "frozen": dict(found.fingerprints),
-        "replayed": None if diagnostic is None else hallucination(diagnostic),
-        "replay_diagnostic": None if diagnostic is None else diagnostic.to_dict(),
+        "replayed": first.diagnostic and hallucination(first.diagnostic),
+        "replay_diagnostic": first.diagnostic and first.diagnostic.to_dict(),
+        "second": second
+        and {
+            "threshold": second.judges.threshold,
+            "replayed": second.diagnostic and hallucination(second.diagnostic),
+        },
         "doubt": None if doubted is None else to_json(doubted),
         "truth": truth,
     }
@@ -140,6 +153,8 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
         "world model": made_from["world_model"],
         "scorer": scorer.name,
     }
+    if other is not None:
+        provenance |= {"checked in": made_from["check_world_model"], "checked by": made_from["check_scorer"]}
     report = Report(
         f"Refinement of {config.policy.name}", command=command_line("refine", config), provenance=provenance
     )
@@ -149,6 +164,57 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     return config.out
 
 
+def _load_scorer(folder: Path, dream: Dream) -> SuccessScorer:
+    scorer = SuccessScorer.from_pretrained(folder)
+    require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
+    return scorer
+
+
+def _second_dream(config: Refine, folder: Path, spec: WorldSpec) -> tuple[Dream, SuccessScorer]:
+    """Another world model, sampled as its checkpoint says, and a scorer of it. Raises where it is of another world, or the same model."""
+    if weights_of(folder) == weights_of(config.world_model):
+        raise WorldlineError(
+            f"--check-world-model: another model than --world-model required, got the same weights in {folder}. Train one with another "
+            "--loop.seed."
+        )
+    dream = load_dream(folder)
+    for required, provided in ((spec, dream.spec), (dream.spec, spec)):  # the same cameras, not only enough
+        require_match(provided, required, between="--world-model and --check-world-model")
+    return dream, _load_scorer(config.check_scorer or config.scorer, dream)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opinion:
+    """A dream with what judges it, how well it replays held-out episodes, and the key that its dreams are kept under."""
+
+    judges: Judges
+    diagnostic: ReplayDiagnostic | None
+    key: list[Any]
+
+
+def _opinion(
+    config: Refine,
+    dream: Dream,
+    scorer: SuccessScorer,
+    key: list[Any],
+    held_out: Replays,
+    kept: Kept,
+    progress: bool,
+) -> Opinion:
+    """Judges by the threshold that is asked for, or that tells replays of held-out episodes best."""
+    key = [*key, scorer.name]
+    diagnostic = None
+    if held_out.frame_success is not None:
+        about = ["replayed", *key, [str(folder) for folder in config.data]]
+        said = kept(about, lambda: {"probability": imagine_replays(dream, scorer, held_out, progress=progress)})
+        diagnostic = replay_diagnostic(scorer, held_out, said["probability"])
+    threshold = config.threshold
+    if threshold is None:
+        threshold = diagnostic.threshold if diagnostic is not None else scorer.config.threshold
+    judges = Judges(dream=dream, scorer=scorer, threshold=threshold, persist=scorer.config.persist)
+    return Opinion(judges=judges, diagnostic=diagnostic, key=key)
+
+
 def hallucination(diagnostic: ReplayDiagnostic) -> dict[str, Any]:
     """Of held-out episodes that truly failed, how many the dream of their own actions and the scorer call a success."""
     episodes, true, said = (sum(row[i] for row in diagnostic.by_cause.values()) for i in range(3))
@@ -156,29 +222,11 @@ def hallucination(diagnostic: ReplayDiagnostic) -> dict[str, Any]:
     return {"failures": episodes - true, "called_success": wrong, "successes": true, "imagined_successes": said}
 
 
-def _replay(
-    config: Refine, dream: Dream, scorer: SuccessScorer, held_out: Replays, kept: Kept, progress: bool
-) -> ReplayDiagnostic | None:
-    """The diagnostic on held-out episodes; None where none is labelled."""
-    if held_out.frame_success is None:
-        return None
-
-    def imagine() -> dict[str, Tensor]:
-        return {"probability": imagine_replays(dream, scorer, held_out, progress=progress)}
-
-    key = [
-        "replayed",
-        weights_of(config.world_model),
-        weights_of(config.scorer),
-        config.sampling(),
-        [str(d) for d in config.data],
-    ]
-    return replay_diagnostic(scorer, held_out, kept(key, imagine)["probability"])
-
-
-def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progress: bool) -> dict[str, Any]:
+def _truth(
+    config: Refine, first: Opinion, second: Opinion | None, found: Refinement, kept: Kept, progress: bool
+) -> dict[str, Any]:
     """Of every checked policy: true and imagined success from the same starts, and how often the dream made a failure a success."""
-    spec, frames = judges.dream.spec, config.rl.frames
+    spec, frames = first.judges.dream.spec, config.rl.frames
     assert config.truth is not None
     settings = TruthSettings(
         world=config.truth,
@@ -190,57 +238,54 @@ def _truth(config: Refine, judges: Judges, found: Refinement, kept: Kept, progre
         seed=config.seed_of_truth,
         processes=cores() if config.processes is None else config.processes,
     )
-    persist, rows = judges.persist, []
+    rows = []
     successes: dict[int, Tensor] = {}
     with Truth(settings, kept) as truth:
         starts = truth.starts()
+
+        def said(opinion: Opinion, folder: Path, policy: Any) -> Tensor:
+            judges, seeds = opinion.judges, torch.arange(len(starts)) + 104_729
+            key = ["dreamt", weights_of(folder), *opinion.key, frames, fingerprint_of(starts)]
+
+            def imagine() -> dict[str, Tensor]:
+                made = rollout(judges.dream, policy, judges.scorer, starts, frames=frames, seeds=seeds)
+                return {"probability": made.probability}
+
+            return episode_probability(kept(key, imagine)["probability"], persist=judges.persist) > judges.threshold
+
         for check in found.checks:
             iteration = int(check["iteration"])
             folder = config.out / "checked" / f"{iteration:04d}"
             policy = load_policy(str(folder), spec=spec)
             shown = f"simulate iteration {iteration}" if progress else None
-            true = episode_success(
-                truth.frame_success(identity_of(str(folder), policy), policy, progress=shown), persist=persist
-            )
-
-            def imagine(policy: Any = policy) -> dict[str, Tensor]:
-                seeds = torch.arange(len(starts)) + 104_729
-                return {
-                    "probability": rollout(
-                        judges.dream, policy, judges.scorer, starts, frames=frames, seeds=seeds
-                    ).probability
+            frame_success = truth.frame_success(identity_of(str(folder), policy), policy, progress=shown)
+            true = episode_success(frame_success, persist=first.judges.persist)
+            imagined = said(first, folder, policy)
+            between = wilson(int(true.sum()), len(true))
+            row = {
+                "iteration": iteration,
+                "true": float(true.float().mean()),
+                "true_interval": [between.low, between.high],
+                "imagined": float(imagined.float().mean()),
+                "failures": int((~true).sum()),
+                "called_success": int((imagined & ~true).sum()),
+            }
+            if second is not None:
+                imagined = said(second, folder, policy)
+                row |= {
+                    "second": float(imagined.float().mean()),
+                    "second_called_success": int((imagined & ~true).sum()),
                 }
-
-            key = [
-                "dreamt",
-                weights_of(folder),
-                weights_of(config.world_model),
-                weights_of(config.scorer),
-                config.sampling(),
-                frames,
-            ]
-            said = episode_probability(kept([*key, fingerprint_of(starts)], imagine)["probability"], persist=persist)
-            said = said > judges.threshold
-            between, failed = wilson(int(true.sum()), len(true)), int((~true).sum())
-            rows.append(
-                {
-                    "iteration": iteration,
-                    "true": float(true.float().mean()),
-                    "true_interval": [between.low, between.high],
-                    "imagined": float(said.float().mean()),
-                    "failures": failed,
-                    "called_success": int((said & ~true).sum()),
-                }
-            )
+            rows.append(row)
             successes[iteration] = true
-    first, best = successes[0], successes[found.best]
-    gain = newcombe_paired(best.double().numpy(), first.double().numpy())
+    before, best = successes[0], successes[found.best]
+    gain = newcombe_paired(best.double().numpy(), before.double().numpy())
     return {
         "simulator": config.truth,
         "episodes": config.truth_episodes,
         "horizon": settings.horizon,
         "checked": rows,
-        "gain": float(best.float().mean() - first.float().mean()),
+        "gain": float(best.float().mean() - before.float().mean()),
         "gain_interval": [gain.low, gain.high],
     }
 

@@ -10,14 +10,25 @@ from worldline.eval.plots import curve_bands
 def refinement_page(report: Report, results: dict[str, Any], failures: list[str]) -> None:
     for failure in failures:
         report.warning(f"The scorer failed its audit and is used by --override-audit. {failure}")
-    checks, truth, best = results["checks"], results["truth"], results["best_iteration"]
-    first = checks[0]
-    chosen = next(c for c in checks if int(c["iteration"]) == best)
+    checks, truth, best, second = results["checks"], results["truth"], results["best_iteration"], results["second"]
+    first, chosen = checks[0], next(c for c in checks if int(c["iteration"]) == best)
     report.text(
         f"From held-out first frames **{first['success']:.0%}** of imagined episodes succeed before, **{chosen['success']:.0%}** "
         f"[{chosen['low']:.2f}, {chosen['high']:.2f}] with the policy of iteration {best}, which is the one in this folder. "
         f"Refinement ended because {results['stopped']}. What is imagined is not yet true: see below."
     )
+    if second is not None:
+        report.text(
+            "A second world model, in which nothing was refined, decided what is published: there success goes from "
+            f"**{first['second_success']:.0%}** to **{chosen['second_success']:.0%}** [{chosen['second_low']:.2f}, {chosen['second_high']:.2f}]."
+        )
+        last = checks[-1]
+        gained, confirmed = last["success"] - first["success"], last["second_success"] - first["second_success"]
+        if gained > 0 and confirmed < gained / 2:
+            report.warning(
+                f"By the last check success rose by {gained:+.2f} in the dream that the policy is refined in and by {confirmed:+.2f} in the "
+                "second: at least half of it is that dream's weak spots. Hold the policy nearer to where it began (--rl.ppo.kl)."
+            )
     if best == 0:
         report.warning("No check was better than the policy it began with, which is what this folder holds.")
     if truth is None:
@@ -35,14 +46,18 @@ def refinement_page(report: Report, results: dict[str, Any], failures: list[str]
             f"of the dreams of {doubt['episodes']} held-out episodes never are. {doubt_text(doubt)}"
         )
     _curves(report, results, truth)
+    columns = ["iteration", "imagined success", "95%", "averaged", "nats from the cloned policy"]
     rows = [
         [int(c["iteration"]), c["success"], f"[{c['low']:.2f}, {c['high']:.2f}]", c["smoothed"], c["real_kl"]]
         for c in checks
     ]
-    columns = ["iteration", "imagined success", "95%", "averaged", "nats from the cloned policy"]
+    if second is not None:
+        columns.insert(3, "second opinion")
+        for row, c in zip(rows, checks):
+            row.insert(3, c["second_success"])
     note = (
-        "From held-out starts; nats a decision on real frames. The policy in this folder is the one whose success, averaged with the checks "
-        "beside it, is highest."
+        "From held-out starts; nats a decision on real frames. The policy in this folder is the one whose success"
+        f"{'' if second is None else ' by the second opinion'}, averaged with the checks beside it, is highest."
     )
     report.table("Checks", columns, rows, note=note)
 
@@ -65,9 +80,14 @@ def _truth(report: Report, truth: dict[str, Any], best: int) -> None:
         ]
         for r in truth["checked"]
     ]
+    columns = ["iteration", "true", "95%", "imagined", "failures that the dream calls a success"]
+    if "second" in truth["checked"][0]:
+        columns += ["second opinion", "failures that it calls a success"]
+        for row, r in zip(rows, truth["checked"]):
+            row += [r["second"], f"{r['second_called_success']} of {r['failures']}"]
     report.table(
         "Imagined against true success, from the same starts",
-        ["iteration", "true", "95%", "imagined", "failures that the dream calls a success"],
+        columns,
         rows,
         note=f"The published policy is that of iteration {best}.",
     )
@@ -75,14 +95,13 @@ def _truth(report: Report, truth: dict[str, Any], best: int) -> None:
 
 def _curves(report: Report, results: dict[str, Any], truth: dict[str, Any] | None) -> None:
     checks, history = results["checks"], results["history"]
-    curves: dict[str, dict[str, list[Any]]] = {
-        "imagined, held-out starts": {
-            "frame": [c["iteration"] for c in checks],
-            "mean": [c["success"] for c in checks],
-            "low": [c["low"] for c in checks],
-            "high": [c["high"] for c in checks],
-        }
-    }
+    curves: dict[str, dict[str, list[Any]]] = {}
+    for name, part in (("imagined, held-out starts", ""), ("second opinion, held-out starts", "second_")):
+        if f"{part}success" in checks[0]:
+            means = {"mean": "success", "low": "low", "high": "high"}
+            curves[name] = {"frame": [c["iteration"] for c in checks]} | {
+                key: [c[part + of] for c in checks] for key, of in means.items()
+            }
     if truth is not None:
         rows = truth["checked"]
         curves["true"] = {

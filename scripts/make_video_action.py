@@ -51,7 +51,7 @@ UNIFIED = ("uwm", "uva", "uwm+video", "uva+video")
 CLONED = ("bc", "diffusion")
 HORIZONS = (5, 10, 20, 40)
 GUIDED_AT = (0, 10, 20, 30)  # frames of test episodes from which guided dreams begin
-COEFFICIENTS = (0.0, 0.01, 0.02, 0.05, 0.1)
+COEFFICIENTS = (0.0, 0.64, 1.28, 3.2, 6.4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

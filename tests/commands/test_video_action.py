@@ -69,7 +69,7 @@ def test_imagine_asks_by_mode(va: Path, video: Path, lab: Lab, worldline: Run, t
         else:
             assert of_video.code == 0, of_video.err
     guided = ["imagine", "--world-model", va, "--episode", 1, "--frames", 6, "--data", lab.data, "--guide", lab.bc]
-    said = worldline(*guided, "--mode", "joint", "--guide-coefficient", 0.01, "--out", tmp_path / "guided.mp4")
+    said = worldline(*guided, "--mode", "joint", "--guide-coefficient", 0.5, "--out", tmp_path / "guided.mp4")
     assert said.code == 0 and (tmp_path / "guided.png").is_file(), said.err
     said = worldline(*guided, "--mode", "policy", "--out", tmp_path / "o.mp4")
     assert said.code == 2 and "--guide is for --mode joint" in said.err

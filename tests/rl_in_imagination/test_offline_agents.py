@@ -26,6 +26,7 @@ from worldline.rl_in_imagination.offline import (
     train_offline,
 )
 from worldline.rl_in_imagination.offline.replay import row_integers
+from worldline.rl_in_imagination.offline.synthesis import tables
 
 SMALL = (16, 16)
 TD3 = TD3BCConfig(hidden=SMALL, actor_lr=1e-3, critic_lr=1e-3)
@@ -185,6 +186,24 @@ def test_a_batch_is_a_fixed_mix_of_each_members_own_rows_as_they_are() -> None:
     assert torch.equal(again.batch(3).rewards, batch.rewards) and not torch.equal(
         replay.batch(4).rewards, batch.rewards
     )
+
+
+def test_a_member_with_fewer_transitions_takes_none_from_the_others() -> None:
+    """What the first draws is the same alone and beside one whose trajectories end at once."""
+    real, drawn = record(10, 0), []
+    scaling = fit_scaling(real)
+    for sets in ([real], [real, real.select([3])]):
+        seeds, made = (4, 5)[: len(sets)], tables(sets)
+        assert made.counts is not None and made.counts.tolist() == [one.steps for one in sets]
+        policies = build_agent(TD3, SPEC, scaling, seeds=seeds, updates=1).policies
+        replay = Replay(real, policies, scaling, seeds=seeds, batch_size=256, synthetic=240)
+        replay.put(made, update=0)
+        drawn.append(replay.batch(7))
+    alone, beside = drawn
+    assert torch.equal(alone.observations[0], beside.observations[0]) and torch.equal(
+        alone.rewards[0], beside.rewards[0]
+    )
+    assert torch.isin(beside.rewards[1, :240], real.select([3]).rewards).all()
 
 
 def test_random_rows_are_even_and_of_the_seed_alone() -> None:

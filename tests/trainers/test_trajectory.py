@@ -1,5 +1,7 @@
 """Stage `trajectory`: from a Minari folder to a checkpoint that samples; resume; bad input."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 from tests.worldmodels.test_trajectories import SPEC, TINY, wander
 from worldline.checkpoint import read_json
 from worldline.data.minari import write_minari
-from worldline.data.trajectories import Trajectories
-from worldline.errors import CheckpointError, DatasetError
+from worldline.data.trajectories import Trajectories, join
+from worldline.errors import CheckpointError, DatasetError, SpecMismatch
 from worldline.trainers import trajectory
 from worldline.trainers.loop import LoopConfig
 from worldline.worldmodels.trajectories import TrajectoryDiffusion
@@ -62,8 +64,25 @@ def test_bad_input_is_named(tmp_path, data):
         },
     )
     folder = write_minari(cut, tmp_path / "short")
-    with pytest.raises(DatasetError, match=r"at least 8 steps \(the window\) required.*at most 5"):
+    with pytest.raises(DatasetError, match=r"at least 8 steps .*required, got \d+ cut short at 5 or before"):
         trajectory.run(config(folder, tmp_path / "b", 2), progress=False)
+    some = write_minari(join([whole, cut]), tmp_path / "some")
+    with pytest.raises(
+        DatasetError, match=rf"{len(cut)} of {60 + len(cut)} were cut short before .*first episode 60 of 5 steps"
+    ):
+        trajectory.run(config(some, tmp_path / "d", 2), progress=False)
+    out = trajectory.run(replace(config(some, tmp_path / "d", 2), leave_out_short=True), progress=False)
+    assert read_json(out / "config.json")["provenance"]["transitions"] == whole.steps  # what was learned from
+    free = replace(SPEC, action=replace(SPEC.action, low=(-math.inf,), high=(math.inf,)))
+    with pytest.raises(SpecMismatch, match="range"):
+        trajectory.run(
+            config(write_minari(replace(whole, spec=free), tmp_path / "free"), tmp_path / "e", 2), progress=False
+        )
+    other = replace(whole, terminated=torch.zeros_like(whole.terminated))
+    with pytest.raises(CheckpointError, match="what the data hold"):  # the same steps, but nothing ends
+        trajectory.run(config(data, tmp_path / "f", 2), progress=False)
+        trajectory.claim_trajectories(config(data, tmp_path / "f", 4), "trajectory-model", other)
     trajectory.run(config(data, tmp_path / "c", 2), progress=False)
     with pytest.raises(CheckpointError):
-        trajectory.run(config(folder, tmp_path / "c", 4), progress=False)  # another dataset in the same folder
+        again = replace(config(some, tmp_path / "c", 4), leave_out_short=True)
+        trajectory.run(again, progress=False)  # another dataset in the same folder

@@ -316,17 +316,18 @@ def test_guidance_of_the_estimate_moves_the_mean_by_its_recursion():
     gain, push = model.std**2 / (model.std**2 + sigma**2), torch.zeros(())
     for k in range(steps - 1):
         r = sigma[k + 1] / sigma[k]
-        weight = 0.3 * 256 / steps * ((1 - k / steps) + 0.3 * math.sin(math.pi * (k + 1) / steps)) / math.sqrt(t)
+        weight = 0.3 * ((1 - k / steps) + 0.3 * math.sin(math.pi * (k + 1) / steps)) / math.sqrt(t)
         push = r * push + (1 - r) * (gain[k] * push + weight)
     expected = float(gain[-1] * push)  # the last step is not guided
     assert float(shift.mean()) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_coefficient_moves_as_far_in_few_steps_as_in_many():
+@pytest.mark.parametrize("on", ["noised", "denoised"])
+def test_a_coefficient_moves_as_far_in_few_steps_as_in_many(on):
     def shift(steps: int) -> float:
         free, moved = (
             gaussian(steps).sample(torch.arange(2), length=8, guidance=g, score=upwards)[..., 1]
-            for g in (None, Guidance(coefficient=0.1))
+            for g in (None, Guidance(coefficient=0.1, on=on))
         )
         return float((moved - free).mean())
 
@@ -347,6 +348,66 @@ def test_only_actions_are_pushed_and_the_network_decides_what_follows():
     )
     assert torch.equal(free[..., 0], pushed[..., 0]) and torch.equal(free[..., 2:], pushed[..., 2:])
     assert (pushed[..., 1] > free[..., 1]).all()
+
+
+def test_actions_that_are_driven_off_are_noticed_among_many_observations():
+    """Only actions are pushed: two of a hundred numbers are a small share of all, and all of theirs."""
+    spec = control_spec("many", 48, [-1.0] * 2, [1.0] * 2, rate_hz=10.0)
+    torch.manual_seed(0)
+    model = TrajectoryDiffusion(replace(TINY, solver=TrajectorySolver(steps=4)), spec)
+    seeds, push = torch.arange(4), lambda o, a: torch.ones_like(a)
+    model.sample(seeds, length=8, guidance=Guidance(coefficient=0.01), score=push)
+    with pytest.raises(WorldlineError, match=r"near the data are required.*\(a[01] most often\)"):
+        model.sample(seeds, length=8, guidance=Guidance(coefficient=1e3), score=push)
+
+
+def test_what_is_learned_does_not_depend_on_units():
+    """In tenths of millimetres or in metres: the numbers that are diffused are the same."""
+    data = walks(50)
+    small = replace(
+        data,
+        observations=1e-4 * data.observations,
+        next_observations=1e-4 * data.next_observations,
+        rewards=1e-4 * data.rewards,
+    )
+    torch.manual_seed(0)
+    packed = [Layout(data.spec, changes=True, squash=False).fit(d).pack(gather(d, d.windows(8))) for d in (data, small)]
+    assert torch.allclose(*packed, atol=1e-4) and float(packed[1].std((0, 1))[-1]) == pytest.approx(1.0, abs=0.2)
+    still = replace(data, observations=data.observations * 0 + 1e3, next_observations=data.next_observations * 0 + 1e3)
+    assert Layout(data.spec, changes=True).fit(still).std[0] == 1.0  # what never changes is not blown up
+
+
+def test_a_reward_of_the_end_alone_is_read_at_ends_alone():
+    """The end comes by chance: neither observation nor action tells of it, and its windows repeat it."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 16, (300,), generator=g)
+    n = int(lengths.sum())
+    last = torch.zeros(n, dtype=torch.bool)
+    last[lengths.cumsum(0) - 1] = True
+    seen = torch.randn(n, 1, generator=g)
+    data = Trajectories(
+        spec=SPEC,
+        observations=seen,
+        actions=torch.rand(n, 1, generator=g) - 0.5,
+        rewards=-10.0 * last,
+        next_observations=torch.where(last[:, None], seen, torch.cat([seen[1:], seen[:1]])),
+        terminated=last,
+        lengths=lengths,
+    )
+    torch.manual_seed(0)
+    model = TrajectoryDiffusion(TINY, SPEC)
+    model.layout.fit(data)
+    learn(model, data, steps=150, lr=3e-3)
+    windows = gather(data, data.windows(8, past_end=True)[:400])
+    read, ends = model._rewards(windows).detach(), windows.terminal
+    first = ends & ~torch.cat([torch.zeros(400, 1, dtype=torch.bool), ends[:, :-1]], 1)
+    assert float(read[first].mean()) < -9 and float(read[:, :-1][~ends[:, :-1]].mean()) > -0.5
+
+
+def test_a_transformer_is_not_asked_beyond_what_it_learned():
+    model = fitted(replace(TINY, network="transformer"))
+    with pytest.raises(ValueError, match=r"a length of at most 8 is required"):
+        model.sample(torch.arange(2), length=16)
 
 
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])

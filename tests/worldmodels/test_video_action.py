@@ -443,7 +443,7 @@ def test_guidance_reaches_the_sampler_row_by_row_and_a_slope_of_zero_moves_nothi
     seen, seeds = first(clip_of(3, 2 + F), 2), torch.arange(3)
 
     def asked(score):
-        return model.sample(seen, query, seeds=seeds, steps=8, guidance=Guidance(coefficient=0.01), score=score).actions
+        return model.sample(seen, query, seeds=seeds, steps=8, guidance=Guidance(coefficient=0.3), score=score).actions
 
     free = model.sample(seen, query, seeds=seeds, steps=8).actions
     assert torch.equal(asked(torch.zeros_like), free)
@@ -453,21 +453,23 @@ def test_guidance_reaches_the_sampler_row_by_row_and_a_slope_of_zero_moves_nothi
 
 def test_guided_blocks_of_a_known_distribution_come_nearer_to_what_the_policy_wants():
     """In place of a network the exact denoiser of N(0, 0.5^2): the more guidance, the nearer; the last step is the model's own."""
-    denoise, levels, scale = gaussian_denoiser(linear_path, 0.0, 0.5), solver_levels(8), 2.0
+    denoise, scale = gaussian_denoiser(linear_path, 0.0, 0.5), 2.0
     start, told = torch.randn(64, F, 4, generator=torch.Generator().manual_seed(0)), []
 
-    def made(coefficient: float) -> torch.Tensor:
+    def made(coefficient: float, steps: int = 8) -> torch.Tensor:
         def score(actions: torch.Tensor) -> torch.Tensor:
             told.append(actions.shape)
             return 1.0 - actions
 
         physical = lambda blocks: (scale * blocks).unflatten(2, (2, 2))  # noqa: E731
-        steer = steering(physical, POLICY.at(F), Guidance(coefficient=coefficient), score, 8)
-        return physical(sample_euler(lambda x, t: steer(denoise(x, t), t), start, levels, linear_path))
+        steer = steering(physical, POLICY.at(F), Guidance(coefficient=coefficient), score, steps)
+        return physical(sample_euler(lambda x, t: steer(denoise(x, t), t), start, solver_levels(steps), linear_path))
 
-    distance = [float((made(c) - 1).abs().mean()) for c in (0.0, 0.003, 0.01, 0.03)]
+    distance = [float((made(c) - 1).abs().mean()) for c in (0.0, 0.1, 0.3, 1.0)]
     assert distance[0] > distance[1] > distance[2] > distance[3]
     assert len(told) == 4 * 7 and told[0] == (64, F, 2, 2)
+    many = [float(made(0.3, steps).mean() - made(0.0, steps).mean()) for steps in (8, 64)]
+    assert many[0] == pytest.approx(many[1], rel=0.25)  # however many steps
 
 
 def test_guidance_without_actions_to_find_is_refused(model):

@@ -58,8 +58,8 @@ class Imagine(SamplingFlags):
     Actions are drawn beside the recorded ones in a plot next to --out."""
     guide: str | None = None
     """A policy towards which the actions of a joint dream are moved (policy-guided diffusion)."""
-    guide_coefficient: float = 0.02
-    """How far."""
+    guide_coefficient: float = 1.0
+    """How far, whatever the number of solver steps."""
     instruction: str | None = None
     """Said in place of the episode's own (a model trained with --model.text)."""
     clip_actions: bool = False

@@ -159,6 +159,11 @@ class Trajectories:
             )
         return torch.cat(found)
 
+    def outside_windows(self, length: int) -> list[int]:
+        """Episodes that no window of `length` meets, `past_end`: cut short before they filled one."""
+        ended = self.terminated[self.lengths.cumsum(0) - 1]
+        return ((self.lengths < length) & ~ended).nonzero()[:, 0].tolist()
+
     def _where(self, steps: Bool[Tensor, " n"]) -> str:
         at = int(steps.nonzero()[0])
         episode = int(self.episode[at])

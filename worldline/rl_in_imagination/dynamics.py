@@ -21,7 +21,7 @@ from worldline.diffusion import row_noise
 from worldline.policies.batched_mlp import BatchedMLP
 from worldline.types import WorldSpec
 from worldline.worldmodels.trajectories import Windows
-from worldline.worldmodels.trajectories.layout import as_trajectories
+from worldline.worldmodels.trajectories.layout import CONSTANT, as_trajectories
 
 PART, KIND = "dynamics", "ensemble"
 _LEAST, _MOST = -10.0, 1.0  # bounds of the log-variance, in normalised units
@@ -77,9 +77,17 @@ class DynamicsEnsemble(nn.Module):
         """Take normalisation from recorded steps."""
         given = torch.cat([data.observations, data.actions], 1)
         change = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], 1)
-        for values, mean, std in ((given, self.mean, self.std), (change, self.change_mean, self.change_std)):
+        size = (
+            given.abs().amax(0).double(),
+            torch.cat([data.observations, data.rewards[:, None]], 1).abs().amax(0).double(),
+        )
+        for values, mean, std, of in (
+            (given, self.mean, self.std, size[0]),
+            (change, self.change_mean, self.change_std, size[1]),
+        ):
+            spread = values.double().std(0, correction=0)
             mean.copy_(values.double().mean(0))
-            std.copy_(values.double().std(0, correction=0).clamp(min=1e-6))
+            std.copy_(torch.where(spread > CONSTANT * of, spread, 1.0))
         extent = data.observations.amax(0) - data.observations.amin(0)
         self.least.copy_(data.observations.amin(0) - _FARTHEST * extent)
         self.most.copy_(data.observations.amax(0) + _FARTHEST * extent)

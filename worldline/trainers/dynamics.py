@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worldline.data.splits import held_out_episodes
 from worldline.data.trajectories import Trajectories
+from worldline.policies.states import require_low_dimensional
 from worldline.rl_in_imagination.dynamics import DynamicsConfig, DynamicsEnsemble
 from worldline.trainers.loop import LoopConfig, train
 from worldline.trainers.trajectory import claim_trajectories, open_trajectories
@@ -69,6 +70,7 @@ class _DynamicsStage:
 def run(config: TrainDynamics, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
     data = open_trajectories(config.data)
+    require_low_dimensional(data.spec)
     out = set(held_out_episodes(range(len(data)), 0))
     training = data.select(i for i in range(len(data)) if i not in out)
     made_from = claim_trajectories(config, "dynamics", data)

@@ -1,8 +1,9 @@
 """Stage `trajectory`: a diffusion model of whole low-dimensional trajectories (Policy-Guided Diffusion), from Minari datasets."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from worldline.checkpoint import fingerprint
 from worldline.data.minari import read_minari
 from worldline.data.splits import held_out_episodes
 from worldline.data.trajectories import Trajectories, join
+from worldline.diffusion import LogNormalSigmas
+from worldline.errors import DatasetError
+from worldline.policies.states import require_low_dimensional
 from worldline.trainers.inputs import claim_output
 from worldline.trainers.loop import LoopConfig, train
-from worldline.worldmodels.trajectories import TrajectoryConfig, TrajectoryDiffusion, Windows
+from worldline.worldmodels.trajectories import TrajectoryConfig, TrajectoryDiffusion, TrajectorySolver, Windows
 from worldline.worldmodels.trajectories.layout import gather
 
 _CHECKED = 512  # held-out windows that are looked at
+_MOST_LOST = 0.01  # share of the steps that may be left out unasked: a recording's end cuts one episode short
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,8 @@ class TrainTrajectory:
     """Minari datasets: folders, or ids that Minari has on this machine. Vectors only."""
     out: Path
     """Folder for the checkpoint. A run that was interrupted goes on there."""
+    leave_out_short: bool = False
+    """Leave out episodes that were cut short before they filled a window (--model.length). Terminated ones may be short."""
     model: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
@@ -58,9 +67,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "published": (
-        "the paper's width of 1024 and its solver; hours on a GPU",
+        "the paper's: width 1024, what it diffuses, its noise, its solver (256 Heun steps, churn 80); hours on a GPU",
         {
-            "model": TrajectoryConfig(width=256, depth=3),
+            "model": TrajectoryConfig(
+                width=256,
+                depth=3,
+                sigmas=LogNormalSigmas(log_mean=-1.2, log_std=1.2, low=0.002, high=80.0),
+                changes=False,
+                squash=True,
+                rewards="diffused",
+                solver=TrajectorySolver(steps=256, heun=True, churn=80.0),
+            ),
             "loop": LoopConfig(steps=300_000, batch_size=32, lr=2e-3, warmup=30_000, cooldown=0.9, weight_decay=0.0),
         },
     ),
@@ -109,7 +126,7 @@ def open_trajectories(sources: Sequence[str]) -> Trajectories:
 
 def provenance_of(data: Trajectories, sources: Sequence[str], out: Path) -> dict[str, Any]:
     """What a checkpoint in `out` says of its data; the fingerprint changes when any step does."""
-    tensors = {name: getattr(data, name) for name in ("observations", "actions", "rewards", "lengths")}
+    tensors = {f.name: x for f in fields(data) if isinstance(x := getattr(data, f.name), Tensor)}
     return {
         "data": list(sources),
         "data_from_here": [os.path.relpath(Path(s).resolve(), out.resolve()) for s in sources],
@@ -126,15 +143,38 @@ def claim_trajectories(config: Any, part: str, data: Trajectories) -> dict[str, 
     return made_from
 
 
+def whole_windows(data: Trajectories, length: int, *, leave_out: bool) -> Trajectories:
+    """The episodes that windows of `length` meet.
+
+    Raises `DatasetError` where more than a hundredth of the steps are in episodes cut short before that, unless they are to be left out.
+    """
+    short = data.outside_windows(length)
+    lost = int(data.lengths[short].sum())
+    if len(short) == len(data):
+        raise DatasetError(
+            f"episodes of at least {length} steps (--model.length), or terminated ones, required, got {len(data)} cut short at "
+            f"{int(data.lengths.max())} or before. Use a shorter window or longer episodes."
+        )
+    if lost > _MOST_LOST * data.steps and not leave_out:
+        raise DatasetError(
+            f"episodes of at least {length} steps (--model.length), or terminated ones, required: {len(short)} of {len(data)} were cut short "
+            f"before ({lost} of {data.steps} steps; first episode {short[0]} of {int(data.lengths[short[0]])} steps). Use a shorter window, or "
+            "--leave-out-short True to learn without them."
+        )
+    if short:
+        log.warning("%d of %d episodes are shorter than a window: %d steps are left out", len(short), len(data), lost)
+    return data.select(sorted(set(range(len(data))) - set(short)))
+
+
 def run(config: TrainTrajectory, *, progress: bool = True) -> Path:
-    """Train and save. Returns the checkpoint folder. Raises `DatasetError` if no episode fills a window."""
-    data = open_trajectories(config.data)
+    """Train and save. Returns the checkpoint folder. Raises `DatasetError` if episodes do not fill a window."""
+    told = open_trajectories(config.data)
+    require_low_dimensional(told.spec)
+    data = whole_windows(told, config.model.length, leave_out=config.leave_out_short)
     out = set(held_out_episodes(range(len(data)), 0))
     training = data.select(i for i in range(len(data)) if i not in out)
-    # a held-out episode may be shorter than a window; training ones must not all be
-    long_enough = [i for i in sorted(out) if data.lengths[i] >= config.model.length]
-    held_out = data.select(long_enough) if long_enough else None
-    made_from = claim_trajectories(config, "trajectory-model", data)
+    held_out = data.select(sorted(out)) if out else None
+    made_from = claim_trajectories(config, "trajectory-model", told) | {"transitions": data.steps}
     torch.manual_seed(config.loop.seed)
     model = TrajectoryDiffusion(config.model, data.spec)
     model.layout.fit(training)

@@ -35,10 +35,11 @@ class _Transitions:
     terminated: Bool[Tensor, "e n"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticTables(_Transitions):
-    """Made-up ones, in physical units, in any order."""
+    """Made-up ones, in physical units, in any order. Member j has `counts[j]`; what stands behind them only fills the table (None: all count)."""
 
-    __slots__ = ()
+    counts: Int[Tensor, " e"] | None = None
 
 
 class Batch(_Transitions):
@@ -117,7 +118,9 @@ class Replay:
         if temperature is not None:
             steps = episode_weights(real.returns, temperature)[real.episode].double()
             self.cumulative = (steps.cumsum(0) / steps.sum()).to(device)
-        self.rows, self.per_member = self.real, 0  # the real table, then the members' synthetic ones
+        # the real table, then the members' synthetic ones
+        self.rows, self.per_member = self.real, 0
+        self.counts = torch.zeros(len(seeds), dtype=torch.long, device=device)
 
     def put(self, tables: SyntheticTables, *, update: int) -> None:
         """Make these the members' synthetic tables. Raises `WorldlineError` naming what is wrong with them."""
@@ -126,13 +129,15 @@ class Replay:
             tables.observations, tables.actions, tables.rewards, tables.next_observations, tables.terminated
         )
         self.rows, self.per_member = torch.cat([self.real, made.flatten(0, 1)]), made.shape[1]
+        counts = torch.full_like(self.counts, self.per_member) if tables.counts is None else tables.counts
+        self.counts = counts.to(self.counts.device)
 
     def batch(self, update: int) -> Batch:
         """Every member's rows of one update."""
         made = self.share if self.per_member else 0
         parts = []
         if made:
-            place = row_integers(self.seeds, update, made, self.per_member, stream=_SYNTHETIC)
+            place = row_integers(self.seeds, update, made, self.counts[:, None], stream=_SYNTHETIC)
             begin = len(self.real) + self.per_member * torch.arange(len(self.seeds), device=self.seeds.device)
             parts.append(place + begin[:, None])
         if made < self.batch_size:
@@ -179,6 +184,11 @@ class Replay:
                 raise WorldlineError(
                     f"{where}: {name} of shape (members {e}, rows at least 1, {width}) required by the real data and the seeds, got {got}"
                 )
+        counts = tables.counts
+        if counts is not None and not (len(counts) == e and 1 <= int(counts.min()) <= int(counts.max()) <= n):
+            raise WorldlineError(
+                f"{where}: between 1 and {n} rows of each of {e} members required, got {counts.tolist()}"
+            )
         for name in ("rewards", "observations", "actions", "next_observations"):
             broken = ~getattr(tables, name).isfinite().reshape(e, n, -1).all(-1)
             if broken.any():
@@ -198,9 +208,9 @@ class Replay:
 
 
 def row_integers(
-    seeds: Int[Tensor, " e"], update: int, count: int, below: int, *, stream: int
+    seeds: Int[Tensor, " e"], update: int, count: int, below: int | Int[Tensor, "e 1"], *, stream: int
 ) -> Int[Tensor, "e count"]:
-    """Even random integers in [0, below), below < 2^31, as a function of (seed, update, stream)."""
+    """Even random integers in [0, below), below < 2^31 (one for all, or one a seed), as a function of (seed, update, stream)."""
     key = mix(mix(mix(seeds.long()) ^ update) ^ stream)
     bits = mix(key[:, None] + torch.arange(count, device=seeds.device)) & 0xFFFFFFFF
     return (bits * below) >> 32

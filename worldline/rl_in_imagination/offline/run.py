@@ -241,7 +241,7 @@ class _State:
         return update, made_at
 
     def keep_tables(self, tables: SyntheticTables, update: int) -> None:
-        named = {f.name: getattr(tables, f.name) for f in fields(tables)}
+        named = {f.name: x for f in fields(tables) if (x := getattr(tables, f.name)) is not None}
         write_tensors(self.folder / f"synthetic-{update}.safetensors", named)
 
     def store(self, agent: OfflineAgent, history: History, update: int, made_at: int) -> None:

@@ -88,11 +88,13 @@ def row_seeds(seeds: Sequence[int], update: int, count: int) -> Int[Tensor, "e n
 
 
 def tables(sets: Sequence[Trajectories]) -> SyntheticTables:
-    """One table of each member's transitions. Members whose trajectories end early have fewer; the others' last ones are left out."""
-    n = min(made.steps for made in sets)
+    """One table of each member's transitions. Members whose trajectories end early have fewer, and their tables are filled up."""
+    counts = torch.tensor([made.steps for made in sets])
+    rows = [torch.arange(int(counts.max())) % made.steps for made in sets]
     return SyntheticTables(
+        counts=counts,
         **{
-            name: torch.stack([getattr(made, name)[:n] for made in sets])
+            name: torch.stack([getattr(made, name)[chosen] for made, chosen in zip(sets, rows)])
             for name in ("observations", "actions", "rewards", "next_observations", "terminated")
-        }
+        },
     )

@@ -44,9 +44,10 @@ class Guidance:
     """
 
     coefficient: float = 0.1
-    """As published, for 256 solver steps; of fewer steps each moves further, so that all together move as far. 0: no guidance. Too large a value is noticed by what becomes of the trajectories, and refused."""
+    """As published, for 256 solver steps; whatever the number of steps, all together move as far. 0: no guidance. Too large a value is noticed by what becomes of the trajectories, and refused."""
     on: Literal["noised", "denoised"] = "noised"
-    """The trajectory that is moved, and at which the policy is asked: the solver's state, or its estimate of the clean one."""
+    """The trajectory that is moved, and at which the policy is asked: the solver's state, or its estimate of the clean one. What an
+    estimate is moved by counts for the part of the way that a step goes, so its steps are not scaled by their number."""
     normalised: bool = True
     """Divide the gradient by its norm over a trajectory (published): the policy says where to, the coefficient how far."""
 
@@ -57,9 +58,8 @@ class Guidance:
     def weight(self, step: int, steps: int) -> float:
         """The factor of step `step` (from 1) of `steps`: the published schedule, with i = step - 1 of n = steps."""
         i = step - 1
-        return (
-            self.coefficient * PUBLISHED_STEPS / steps * ((1 - i / steps) + 0.3 * math.sin(math.pi * (i + 1) / steps))
-        )
+        scale = PUBLISHED_STEPS / steps if self.on == "noised" else 1.0
+        return self.coefficient * scale * ((1 - i / steps) + 0.3 * math.sin(math.pi * (i + 1) / steps))
 
     def move(self, slope: Tensor, step: int, steps: int) -> Tensor:
         """How far a step moves the actions of n rows, of the slope "n ..." of their log-density. A slope of zero moves nothing."""
@@ -115,4 +115,8 @@ class TrajectoryConfig:
         if length < 1 or (self.network == "unet" and length % halved):
             raise ValueError(
                 f"a length that is a multiple of {halved} is required (a U-Net of depth {self.depth}), got {length}"
+            )
+        if self.network == "transformer" and length > self.length:
+            raise ValueError(
+                f"a length of at most {self.length} is required (a transformer trained on that), got {length}"
             )

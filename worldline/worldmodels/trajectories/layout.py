@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from worldline.data.trajectories import Trajectories
 from worldline.types import WorldSpec
 
-LEAST_STD = 1e-3  # of a dimension that does not change, in its own units
+CONSTANT = 1e-6  # a dimension whose standard deviation is less than this share of its values does not change: it is left as it is
 EDGE = 0.999  # how far towards the ends of the range an action is before it is unsquashed: atanh(1) is infinite
 THRESHOLD = 0.0  # halfway between the two values of the terminal channel
 
@@ -74,11 +74,15 @@ class Layout(nn.Module):
         """Take mean and standard deviation from recorded steps."""
         raw = self._numbers(data.actions, data.rewards, data.terminated, data.observations, data.next_observations)
         raw = raw.to(self.mean)
-        mean, std = raw.double().mean(0), raw.double().std(0, correction=0)
+        mean, std, size = raw.double().mean(0), raw.double().std(0, correction=0), raw.double().abs().amax(0)
+        if self.changes:
+            size[-self.o :] = size[
+                : self.o
+            ]  # what is left of a change is no finer than the observations it is a difference of
         terminal = self.o + self.a + 1
         mean[terminal], std[terminal] = 0.0, 1.0  # rare ends would be blown up
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp(min=LEAST_STD))
+        self.std.copy_(torch.where(std > CONSTANT * size, std, 1.0))
         self.reach.copy_(((raw - self.mean) / self.std).abs().amax(0))
         return self
 
@@ -99,12 +103,21 @@ class Layout(nn.Module):
             terminal[..., 0] > THRESHOLD,
         )
 
+    @property
+    def transition_width(self) -> int:
+        """Numbers of a transition (`transitions`)."""
+        return 2 * self.o + self.a + 1
+
     def transitions(self, windows: Windows) -> Float[Tensor, "n t m"]:
-        """Of every step the observation, the action's place and the next observation, normalised."""
+        """Of every step the observation, the action's place and the next observation, normalised, and whether it is terminal: +1, or -1.
+
+        After a terminal step there is no next observation. Without the flag its transition would look like one that moves nothing.
+        """
         seen, following = windows.observations, _following(windows)
         mean, std = self.mean[: self.o], self.std[: self.o]
         place = ((windows.actions - self.centre) / self.radius).clamp(-1, 1)
-        return torch.cat([(seen - mean) / std, place, (following - mean) / std], -1)
+        ends = 2 * windows.terminal.to(seen)[..., None] - 1
+        return torch.cat([(seen - mean) / std, place, (following - mean) / std, ends], -1)
 
     def slope(self, z: Float[Tensor, "n t d"]) -> Float[Tensor, "n t a"]:
         """d action / d normalised number, of every action dimension: the chain rule of `unpack`."""

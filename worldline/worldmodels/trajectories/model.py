@@ -51,7 +51,7 @@ class TrajectoryDiffusion(nn.Module):
             self.network: nn.Module = TemporalUNet(width, config.width, config.depth)
         else:
             self.network = TemporalTransformer(width, config.width, config.depth, config.heads, config.length)
-        self.reader = RewardReader(2 * self.layout.o + self.layout.a) if config.rewards == "read" else None
+        self.reader = RewardReader(self.layout.transition_width) if config.rewards == "read" else None
         self.path = EDMPath(largest=config.sigmas.high, rho=config.rho)
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ class TrajectoryDiffusion(nn.Module):
             return error
         known = windows.terminal.clone()
         known[:, :-1] = True  # of the last step the next observation is not known, unless it is terminal
+        known[:, 1:] &= ~windows.terminal[:, :-1]  # what is repeated after an end is no step
         reward = self.layout.o + self.layout.a
         read = self.reader(self.layout.transitions(windows))[..., 0]
         return error + (read - clean[..., reward])[known].square().mean()
@@ -183,12 +184,14 @@ class TrajectoryDiffusion(nn.Module):
     def _require_near(self, z: Float[Tensor, "n t d"], guidance: Guidance | None) -> None:
         """Raise `WorldlineError` if samples are not finite, or many numbers are far outside all that the data held."""
         far = ~(z.abs() <= _FAR * self.layout.reach.clamp(min=1.0))  # NaN is far
-        share = float(far.float().mean())
+        o, a = self.layout.o, self.layout.a
+        # actions apart: only they are pushed, and they may be few among the numbers
+        share = max(float(part.float().mean()) for part in far.split([o, a, self.layout.width - o - a], dim=-1))
         if share > _MOST_FAR or not z.isfinite().all():
             worst = self.layout.names[int(far.float().mean((0, 1)).argmax())]
             by = f"guidance coefficient {guidance.coefficient}" if guidance is not None else "no guidance"
             raise WorldlineError(
-                f"sampled trajectories near the data are required, got {share:.0%} of their numbers more than {_FAR:g} times farther out "
+                f"sampled trajectories near the data are required, got {share:.0%} of some of their numbers more than {_FAR:g} times farther out "
                 f"than any of the data ({worst} most often), with {by} and {self.config.solver.steps} solver steps. "
                 "Use a smaller coefficient or more steps; without guidance, train the model for longer."
             )

@@ -1,6 +1,8 @@
-"""Policy-guided diffusion (2404.06356) of action blocks: the estimate of the clean blocks is moved in every solver step but the last."""
+"""Policy-guided diffusion (2404.06356) of action blocks: the estimate of the clean blocks is moved in every solver step but the last
+(`Guidance.on` "denoised", whatever it says)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -29,6 +31,8 @@ def steering(
     asked = [i for i, role in enumerate(query.actions) if role == Role.DENOISED]
     if not asked:
         raise SpecMismatch("a query that asks for action blocks is required by guidance, got one that asks for none")
+
+    guidance = replace(guidance, on="denoised")
 
     def steer(blocks: Float[Tensor, "n f ka"], level: Float[Tensor, " n"]) -> Float[Tensor, "n f ka"]:
         step = round((1 - float(level[0])) * steps) + 1

@@ -18,10 +18,11 @@ from worldline.rl_in_imagination.denoiser_grpo import (
     advantages,
     dream,
     log_density,
+    offset,
     rows_of,
 )
 
-CONFIG = GRPOConfig(contexts=8, group=8, frames=3, minibatch=64, lr=1e-3, clip=1e-3, kl=0.0)
+CONFIG = GRPOConfig(contexts=8, group=8, frames=3, minibatch=64, lr=1e-3, clip=1e-3, kl=0.0, max_kl=5.0)
 
 
 def follows(frames, actions):
@@ -86,6 +87,46 @@ def test_advantages_are_within_groups_by_dream_or_by_frame():
     # of the first group the second frame is alike in both rows, of the second only that counts, and, halved, in the first too
     assert by_frame[0, 1] == by_frame[1, 1] == 0 and by_frame[0, 0] > 0
     assert by_frame[3, 0] > 0 and by_frame[3, 1] > 0
+
+
+def test_a_frame_is_credited_with_every_reward_that_looked_at_it():
+    """Only the reward of the first transition differs, and it looks a frame ahead: the second frame is what it may have been about."""
+    reward = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
+    config = replace(CONFIG, group=2, credit="frame", discount=0.5)
+    blind, looking = advantages(reward, config), advantages(reward, config, ahead=1)
+    assert blind[0, 0] > 0 and blind[0, 1] == 0
+    assert looking[0, 0] > 0 and looking[0, 1] > 0 and looking[0, 2] == 0
+
+
+def test_exploring_rows_dream_under_commands_of_their_own_and_are_judged_by_the_true_ones():
+    model, tokenizer = half_trained()
+    seen, actions = contexts(0)
+    told = []
+
+    def judge(frames, commanded):
+        told.append(commanded)
+        return follows(frames, commanded)
+
+    seeds = torch.arange(64)
+    still, wide = (
+        dream(model, tokenizer, judge, seen, actions, replace(CONFIG, explore=e), seeds=seeds) for e in (0.0, 0.4)
+    )
+    assert torch.equal(told[0], told[1]) and torch.equal(told[0][::8], actions)  # rewarded for what was commanded
+    spread = [made.reward.mean(1).unflatten(0, (-1, 8)).std(1).mean() for made in (still, wide)]
+    assert spread[1] > 2 * spread[0]  # what sets rows apart is what they did, no longer the sampler's noise
+    # the path's density is that under the true commands, by the weights as they are
+    assert torch.allclose(wide.old, log_density(model.trace_means(wide.trace), wide.trace), atol=1e-4)
+    assert torch.allclose(wide.trace.context.units.actions, still.trace.context.units.actions)
+    moved = offset(actions, model.spec.action, 0.4, torch.arange(8))
+    assert moved.abs().max() <= 1 and torch.equal(offset(actions, model.spec.action, 0.4, torch.arange(8)), moved)
+
+    before, updater = judged(model, tokenizer), DenoiserUpdater(model, CONFIG)
+    for step in range(12):
+        seen, actions = contexts(step)
+        config = replace(CONFIG, explore=0.4)
+        made = dream(model, tokenizer, follows, seen, actions, config, seeds=seeds + 64 * step)
+        updater.update(made, torch.Generator().manual_seed(step))
+    assert judged(model, tokenizer) > before, (before, judged(model, tokenizer))
 
 
 def test_a_strong_divergence_term_holds_the_model_where_it_was():
@@ -154,7 +195,7 @@ def test_adapters_alone_learn_and_are_published_as_plain_weights():
     moved = {k for k, v in plain.state_dict().items() if not torch.equal(v, begun.state_dict()[k])}
     hidden = {id(p) for p in begun.hidden_matrices()}
     assert moved and moved <= {name for name, p in begun.named_parameters() if id(p) in hidden}
-    with pytest.raises(ValueError, match="lora_rank of at least 0 required, got -1"):
+    with pytest.raises(ValueError, match="lora_rank and explore of at least 0 required, got -1"):
         GRPOConfig(lora_rank=-1)
 
 

@@ -142,6 +142,7 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
         clip,
         config.rl,
         config.out,
+        ahead=reward.config.ahead,
         provenance={
             **data_provenance(training, config.out, init_from=config.world_model),
             "tokenizer": tokenizer.fingerprint,

@@ -4,8 +4,12 @@ From each of some real contexts, and the actions that were recorded after it, a 
 them apart is luck; the rows whose frames say their actions more clearly than the group's others are made likelier:
 
     reward      how well the actions read off frames i, i+1 agree with those commanded between them
-    advantage   the reward over the group's mean, by the group's spread; of the whole dream, or of each frame with those after it
+    advantage   the reward over the group's mean, by the group's spread; of the whole dream, or of each frame with what it was seen for
     loss        the clipped ratio of each solver step of each frame, and a divergence from the pretrained model
+
+The sampler's noise hardly changes what a dream does: what sets its rows apart is then mostly the reader's own noise. With `explore` each
+row dreams under commands of its own, some way off, and is judged by the true ones; the path of a row that did better is made likelier *under the true
+commands* (ours, not the paper's; the ratio is of the weights now to those before the update, and not of the two commands).
 
 A frame has thousands of numbers, so the ratio of a step's densities is 0 or infinite after the smallest move. As in the literature the ratio is
 taken per number (its d-th root); the gradient keeps its direction, and `clip` is small accordingly.
@@ -21,10 +25,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from worldline.diffusion import row_noise
 from worldline.errors import WorldlineError
 from worldline.rl_in_imagination.low_rank import add_adapters, merged
 from worldline.rl_in_imagination.returns import group_advantages
-from worldline.types import Clip, Trace, TracedWorldModel, VideoTokenizer
+from worldline.types import ActionSpec, Clip, Trace, TracedWorldModel, VideoTokenizer
 
 Reward = Callable[[Mapping[str, UInt8[Tensor, "n t c _h _w"]], Float[Tensor, "n t-1 k a"]], Float[Tensor, "n t-1"]]
 """Frames (the last real one first) and the blocks between them to a reward of each block."""
@@ -44,8 +49,12 @@ class GRPOConfig:
     """Of a frame; the last is deterministic and does not count."""
     eta: float = 1.0
     """Fresh noise of a solver step; 1: ancestral sampling."""
+    explore: float = 0.0
+    """Standard deviation of the offset, the same for all its blocks, of the commands that a row dreams under, in half ranges of the action. 0: only
+    the sampler's noise sets rows apart (published). Autoregressive models only."""
     credit: Literal["dream", "frame"] = "frame"
-    """dream: every frame gets the advantage of the whole dream's mean reward (published). frame: that of the rewards from it on."""
+    """dream: every frame gets the advantage of the whole dream's mean reward (published). frame: that of the rewards for which it was looked at,
+    and of those after it."""
     discount: float = 0.9
     """Of a frame's later rewards, for credit frame: errors stay."""
     clip: float = 2e-4
@@ -61,8 +70,9 @@ class GRPOConfig:
     lora_rank: int = 0
     """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights."""
     max_norm: float = 1.0
-    max_kl: float = 1.0
-    """Nats a number and solver step from the pretrained model at which training stops with an error."""
+    max_kl: float = 0.2
+    """Nats a number and solver step from the pretrained model at which training stops with an error. Far below this pictures suffer: at 0.5 a toy
+    world's were ruined."""
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -76,8 +86,8 @@ class GRPOConfig:
                 "contexts, frames, epochs and minibatch of at least 1, eta above 0 and at most 1 required, got "
                 f"{self.contexts}, {self.frames}, {self.epochs}, {self.minibatch} and {self.eta}"
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank of at least 0 required, got {self.lora_rank}")
+        if self.lora_rank < 0 or self.explore < 0:
+            raise ValueError(f"lora_rank and explore of at least 0 required, got {self.lora_rank} and {self.explore}")
         if not self.clip > 0 or self.kl < 0 or not self.lr > 0 or not 0 <= self.discount <= 1:
             raise ValueError(
                 f"clip and lr above 0, kl of at least 0, discount from 0 to 1 required, got {self.clip}, {self.lr}, {self.kl} and "
@@ -105,36 +115,53 @@ def dream(
     config: GRPOConfig,
     *,
     seeds: Int[Tensor, " n"],
+    ahead: int = 0,
 ) -> TracedDreams:
     """Dream a group from each context, and judge.
 
     Args:
         seen: raw latents of what came before, a row each context. actions: what is done after it.
         seeds: one a row of the groups, `config.group` for each context.
+        ahead: frames behind a transition that its reward looks at.
 
-    Raises `WorldlineError` for NaN in rewards.
+    Raises `WorldlineError` for NaN in rewards, `SpecMismatch` to explore with a model that cannot retell a path.
     """
     rows = torch.arange(len(actions)).repeat_interleave(config.group)
     seen, actions = repeat(seen, rows), actions[rows]
-    trace = model.sample_traced(seen, actions, seeds=seeds, steps=config.solver_steps, eta=config.eta)
+    meant = offset(actions, model.spec.action, config.explore, seeds)
+    trace = model.sample_traced(seen, meant, seeds=seeds, steps=config.solver_steps, eta=config.eta)
     made = model.dreamt(trace)
+    if config.explore:
+        trace = model.retold(trace, actions)
     latents = {c: torch.cat([seen.frames[c][:, -1:].to(z), z], 1) for c, z in made.latents.items()}
     earned = reward(tokenizer.decode(latents), actions).to(trace.x.device)
     if not earned.isfinite().all():
         row, frame = (~earned.isfinite()).nonzero()[0].tolist()
         raise WorldlineError(f"finite rewards required, got {float(earned[row, frame])} in row {row}, frame {frame}")
-    old = log_density(trace.mean, trace)
-    return TracedDreams(trace=trace, reward=earned, advantage=advantages(earned, config), old=old)
+    old = log_density(model.trace_means(trace) if config.explore else trace.mean, trace)
+    return TracedDreams(trace=trace, reward=earned, advantage=advantages(earned, config, ahead=ahead), old=old)
 
 
-def advantages(reward: Float[Tensor, "n f"], config: GRPOConfig) -> Float[Tensor, "n f"]:
-    """Of each frame of each row, within its group."""
+def offset(
+    actions: Float[Tensor, "n f k a"], spec: ActionSpec, explore: float, seeds: Int[Tensor, " n"]
+) -> Float[Tensor, "n f k a"]:
+    """Actions within their range, each row's moved by an offset of its own (`GRPOConfig.explore`)."""
+    if not explore:
+        return actions
+    low, high = torch.tensor(spec.low).to(actions), torch.tensor(spec.high).to(actions)
+    far = explore * (high - low) / 2 * row_noise(seeds.to(actions.device), 0, 0, (spec.dim,), stream=78).to(actions)
+    return (actions + far[:, None, None]).clamp(low, high)
+
+
+def advantages(reward: Float[Tensor, "n f"], config: GRPOConfig, *, ahead: int = 0) -> Float[Tensor, "n f"]:
+    """Of each frame of each row, within its group. Reward i is of the transition to frame i, which looks at `ahead` frames behind it, too: so
+    frame i is credited with those of the transitions from i - ahead on."""
     if config.credit == "dream":
         return group_advantages(reward.mean(1), config.group)[:, None].expand_as(reward)
     total, later = torch.empty_like(reward), torch.zeros_like(reward[:, 0])
     for i in reversed(range(reward.shape[1])):
         later = reward[:, i] + config.discount * later
-        total[:, i] = later
+        total[:, i] = later + reward[:, max(0, i - ahead) : i].sum(1)
     return torch.stack([group_advantages(column, config.group) for column in total.unbind(1)], 1)
 
 

@@ -70,6 +70,11 @@ class InverseConfig:
         """Frames seen before those of the transition."""
         return (self.window - 2) // 2
 
+    @property
+    def ahead(self) -> int:
+        """Frames seen behind those of the transition."""
+        return self.window - 2 - self.before
+
 
 def window_rows(frames: int, window: int) -> Int[Tensor, "{frames-1} {window}"]:
     """The frames seen for each transition of a clip, its edge frames repeated."""

@@ -82,6 +82,7 @@ def posttrain(
     settings: PosttrainSettings,
     out: Path,
     *,
+    ahead: int = 0,
     provenance: Mapping[str, Any],
     progress: bool = True,
 ) -> Posttraining:
@@ -91,6 +92,7 @@ def posttrain(
         training: clips of `grpo.frames` + 1 frames.
         held_out: clips that nothing was trained on, of 16 frames or more.
         out: a folder claimed for this run.
+        ahead: frames behind a transition that its reward looks at.
     """
     updater = DenoiserUpdater(model, settings.grpo)
     state = IterationState(
@@ -127,7 +129,8 @@ def posttrain(
             first = opening(clip)
             rows = grpo.contexts * grpo.group
             seeds = torch.arange(rows) + (settings.seed * 1_000_003 + iteration) * rows
-            made = dream(model, tokenizer, reward, first, clip.actions[:, -grpo.frames :], grpo, seeds=seeds)
+            actions = clip.actions[:, -grpo.frames :]
+            made = dream(model, tokenizer, reward, first, actions, grpo, seeds=seeds, ahead=ahead)
 
             # --- update -----------------------------------------------------------------------------------------------
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + iteration)

@@ -128,6 +128,15 @@ def sample_traced(
     return trace_of(traced, levels, eta=eta, context=context, join=lambda frames: torch.stack(frames, 1))
 
 
+def retold(model: AutoregressiveWorldModel, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace:
+    """`TracedSampling.retold`: frames and poses stay, the blocks that led to them are others."""
+    dream: TracedDream = trace.context
+    before = dream.units.actions[:, : dream.given - 1]
+    blocks = torch.cat([before, model._flat_actions(actions)], 1)
+    units, held = replace(dream.units, actions=blocks), replace(dream.held, actions=blocks)
+    return replace(trace, context=replace(dream, units=units, held=held))
+
+
 def trace_means(model: AutoregressiveWorldModel, trace: Trace) -> Float[Tensor, "s n f d"]:
     """Where `model` would go on average in each step of each frame, with gradients: one pass of the network for all of them."""
     dream: TracedDream = trace.context

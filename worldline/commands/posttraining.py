@@ -59,8 +59,10 @@ class Posttrain:
     """Post-train a world model by reinforcement learning on its own dreams (RLIR): frames off which an inverse dynamics model reads the actions
     that were commanded are made likelier.
 
-    The reward model is trained for; a judge of another architecture and other episodes, and the pictures, are watched. The model the judge
-    likes best is published in --out, a world-model folder like any other; the same command goes on after an interruption.
+    The reward model is trained for; a judge of another architecture and other episodes, and the pictures (PSNR and SSIM on moved pixels, latent
+    Frechet distance), are watched: where they part from the reward it stops (--rl.parted, --rl.worst-psnr and what follows). The model the
+    judge likes best, of those whose pictures did not get worse and whose reward it confirmed, is published in --out, a world-model folder
+    like any other; the same command goes on after an interruption.
 
     Example: worldline posttrain --world-model runs/wm --reward runs/inverse-a --judge runs/inverse-b --data data/drawer --out runs/wm-rlir
     """
@@ -232,13 +234,15 @@ def _report(
         f"On {config.rl.check_clips} held-out clips of {clip.poses.shape[1]} frames the judge finds the commanded actions with an agreement of "
         f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "
         f"iteration {found.best}, which is the one in this folder{closed}; on real video through the tokenizer {first['ceiling']:.3f}. Moved pixels: "
-        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best "
-        f"of {len(found.checks)} checks was chosen on these clips, which flatters it. Stopped because {found.stopped}."
+        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB, SSIM {first['moved_ssim']:.3f} and {best['moved_ssim']:.3f}. Latent Frechet "
+        f"distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best of {len(found.checks)} checks was chosen on these clips, which flatters "
+        f"it. Stopped because {found.stopped}."
     )
     numbers = [int(c["iteration"]) for c in found.checks]
     for name, title in (
         ("judge", "Agreement"),
         ("moved_psnr", "PSNR on moved pixels, dB"),
+        ("moved_ssim", "SSIM on moved pixels"),
         ("frechet", "Latent Frechet distance"),
     ):
         named = ("reward", "judge", "ceiling") if name == "judge" else (name,)

@@ -1,5 +1,6 @@
 """`posttrain` through the command line: a world model in, one out; and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_a_world_model_goes_in_and_one_comes_out(home: Path, worldline: Run, tmp
     assert again.code == 0 and results(tmp_path / "out", videos=True) == found
     changed = worldline(*run, "--rl.grpo.lr", 0.1)
     assert changed.code == 2 and "rl" in changed.err
+
+
+def test_a_run_does_not_go_on_with_other_data_at_the_same_path(home: Path, worldline: Run, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(home / "data", tmp_path / "data"))
+    run = [*command(home, tmp_path / "out", data=data), "--override-audit", "True", "--videos", 0, "--rl.iterations"]
+    assert worldline(*run, 1).code == 0
+    shutil.rmtree(data)
+    record(data, 24, "--horizon", 40, "--control-steps", 2, "--seed", 7)
+    said = worldline(*run, 2)
+    assert said.code == 2 and "holds a run with other settings" in said.err, said.err
+    assert f"what {data} holds: was" in " ".join(said.err.split())
 
 
 def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:

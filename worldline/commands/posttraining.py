@@ -22,7 +22,7 @@ from worldline.eval.replays import open_for
 from worldline.rl_in_imagination.inverse import InverseModel
 from worldline.rl_in_imagination.inverse_audit import check_inverse
 from worldline.tokenizers import Tokenizer
-from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import LatentBatches, claim_output, contents, data_provenance, open_datasets
 from worldline.trainers.inverse import require_disjoint
 from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
 from worldline.types import Clip, TracedWorldModel, WorldModel, require_match
@@ -119,14 +119,15 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
         "reward": weights_of(config.reward),
         "judge": weights_of(config.judge),
     }
+    cameras = [c.name for c in tokenizer.cameras]
+    training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
     claim_output(
         config.out,
         "post-training",
-        {"data": [str(d) for d in config.data], **made_from, "rl": _kept(config.rl)},
-        identity=("data", *made_from, "rl"),
+        {"data": [str(d) for d in config.data], "rl": _kept(config.rl)},
+        identity=("data", "rl"),
+        made_from={**made_from, **contents(training)},  # of whole datasets, their held-out episodes too
     )
-    cameras = [c.name for c in tokenizer.cameras]
-    training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
     options: dict[str, Any] = {"stride": stride, "device": device, "progress": progress}
     batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
     chunks = math.ceil((PROTOCOL.clip_frames - 1) / model.spec.chunk)

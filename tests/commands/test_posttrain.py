@@ -75,6 +75,13 @@ def test_a_run_does_not_go_on_with_other_data_at_the_same_path(home: Path, world
     assert f"what {data} holds: was" in " ".join(said.err.split())
 
 
+def test_video_alone_has_no_actions_to_follow(home: Path, worldline: Run, tmp_path: Path) -> None:
+    record(tmp_path / "video", 24, "--horizon", 40, "--control-steps", 2, "--without-actions", "True")
+    said = worldline(*command(home, tmp_path / "out", data=tmp_path / "video"), "--override-audit", "True")
+    assert said.code == 2 and "episodes with actions are required" in said.err, said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
     policies = ["tests.commands.dots:runner", "tests.commands.dots:idler", "tests.commands.dots:mixed"]
     asked = ["--ranking.policies", *policies, "--ranking.scorer", lab.scorer, "--ranking.truth", WORLD, "--ranking.episodes", 4,

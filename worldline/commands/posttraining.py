@@ -14,6 +14,7 @@ from worldline.commands.outputs import command_line, report_results
 from worldline.commands.ranking import Rank, run_rank
 from worldline.commands.ranking_page import add_change
 from worldline.commands.rollouts import weights_of
+from worldline.data import require_actions
 from worldline.errors import SpecMismatch
 from worldline.eval import Report, video_grid
 from worldline.eval.plots import curve_bands
@@ -121,6 +122,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     }
     cameras = [c.name for c in tokenizer.cameras]
     training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
+    for s in (*training, *held_out):
+        require_actions(s.dataset, s.episodes)
     claim_output(
         config.out,
         "post-training",

@@ -82,6 +82,22 @@ def test_video_alone_has_no_actions_to_follow(home: Path, worldline: Run, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_episodes_too_short_for_a_check_are_told_the_protocol_and_not_flags_of_other_verbs(
+    home: Path, lab: Lab, worldline: Run, tmp_path: Path
+) -> None:
+    run = [*command(home, tmp_path / "out", data=lab.data), "--override-audit", "True"]
+    said = worldline(*run)  # episodes of 11 frames
+    words = " ".join(said.err.split())
+    assert said.code == 2 and "episodes of at least 16 frames required for clips of 16 at stride 1" in words, said.err
+    assert "Checks take clips of 16 frames (the evaluation protocol's), whatever --rl says: record longer" in words
+    assert "--frames" not in words and "--stride" not in words
+    said = worldline(*run, "--rl.grpo.frames", 30)
+    assert (
+        "episodes of at least 31 frames required" in " ".join(said.err.split()) and "fewer --rl.grpo.frames" in said.err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
     policies = ["tests.commands.dots:runner", "tests.commands.dots:idler", "tests.commands.dots:mixed"]
     asked = ["--ranking.policies", *policies, "--ranking.scorer", lab.scorer, "--ranking.truth", WORLD, "--ranking.episodes", 4,

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from worldline.eval.replays import open_for
 from worldline.rl_in_imagination.inverse import InverseModel
 from worldline.rl_in_imagination.inverse_audit import check_inverse
 from worldline.tokenizers import Tokenizer
-from worldline.trainers.inputs import LatentBatches, claim_output, contents, data_provenance, open_datasets
+from worldline.trainers.inputs import (
+    LatentBatches,
+    Selection,
+    claim_output,
+    contents,
+    data_provenance,
+    open_datasets,
+    require_length,
+)
 from worldline.trainers.inverse import require_disjoint
 from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
 from worldline.types import Clip, TracedWorldModel, WorldModel, require_match
@@ -122,8 +131,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     }
     cameras = [c.name for c in tokenizer.cameras]
     training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
-    for s in (*training, *held_out):
-        require_actions(s.dataset, s.episodes)
+    dreamt, checked = config.rl.grpo.frames + 1, _check_frames(model.spec.chunk)
+    _require_clips(training, held_out, dreamt, checked, stride)
     claim_output(
         config.out,
         "post-training",
@@ -132,10 +141,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
         made_from={**made_from, **contents(training)},  # of whole datasets, their held-out episodes too
     )
     options: dict[str, Any] = {"stride": stride, "device": device, "progress": progress}
-    batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
-    chunks = math.ceil((PROTOCOL.clip_frames - 1) / model.spec.chunk)
-    checked = LatentBatches(held_out, tokenizer, frames=chunks * model.spec.chunk + 1, **options)
-    clip = checked.batch(0, 0, config.rl.check_clips)
+    batches = LatentBatches(training, tokenizer, frames=dreamt, **options)
+    clip = LatentBatches(held_out, tokenizer, frames=checked, **options).batch(0, 0, config.rl.check_clips)
     for module in (model, reward, judge):
         module.to(device)
     before = _dreams(model, tokenizer, clip, config.videos)
@@ -159,6 +166,29 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     change = _ranked(config, progress)
     _report(config, found, failures, made_from, tokenizer, clip, before, model.spec.fps, change)
     return config.out
+
+
+def _check_frames(chunk: int) -> int:
+    """Of a clip that is checked: the protocol's, or as many more as whole chunks take after the first."""
+    return math.ceil((PROTOCOL.clip_frames - 1) / chunk) * chunk + 1
+
+
+def _require_clips(
+    training: Sequence[Selection], held_out: Sequence[Selection], dreamt: int, checked: int, stride: int
+) -> None:
+    """Raise `DatasetError` if actions are not known, or episodes too short for what is dreamt or checked."""
+    for s in (*training, *held_out):
+        require_actions(s.dataset, s.episodes)
+    for s in training:
+        require_length(s, dreamt, stride, advice="Use fewer --rl.grpo.frames, or record longer episodes.")
+    whole = f", here {checked} to hold whole chunks" if checked > PROTOCOL.clip_frames else ""
+    for s in held_out:
+        advice = (
+            f"Checks take clips of {PROTOCOL.clip_frames} frames (the evaluation protocol's){whole}, whatever --rl says"
+        )
+        require_length(
+            s, checked, stride, advice=f"{advice}: record longer episodes, or leave this folder out of --data."
+        )
 
 
 def _kept(settings: PosttrainSettings) -> Any:

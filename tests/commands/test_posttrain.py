@@ -1,5 +1,6 @@
 """`posttrain` through the command line: a world model in, one out; and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def test_a_world_model_goes_in_and_one_comes_out(home: Path, worldline: Run, tmp
     assert set(found["checks"][0]) >= {"reward", "judge", "ceiling", "moved_psnr", "frechet"}
     model, tokenizer = load_world_model(tmp_path / "out")
     assert model.latent_spec == tokenizer.latent_spec
+    for name, audit in found["audits"].items():
+        assert audit["thresholds"] == {"exact": 0.5, "bad": 0.2} and audit["tokenizer"] == tokenizer.fingerprint
+        assert not any(sentence.startswith("tokenizer: an audit") for sentence in found["audit_failures"][name])
+    assert "Audits of the inverse models" in (tmp_path / "out" / "report.html").read_text()
     again = worldline(*run)  # it is done: nothing is trained, the report is the same
     assert again.code == 0 and results(tmp_path / "out", videos=True) == found
     changed = worldline(*run, "--rl.grpo.lr", 0.1)
@@ -141,6 +146,16 @@ def test_a_unified_model_is_post_trained_too_by_adapters(home: Path, lab: Lab, w
 def test_what_is_refused(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
     said = worldline(*command(home, tmp_path / "out"))
     assert said.code == 2 and "passed its audit is required" in said.err
+    shutil.copytree(home / "reward", tmp_path / "untried")  # passed, but never tried on what a tokenizer shows
+    about = json.loads((tmp_path / "untried" / "config.json").read_text())
+    about["provenance"]["audit"] |= {"failures": [], "tokenizer": None}
+    (tmp_path / "untried" / "config.json").write_text(json.dumps(about))
+    said = worldline(*command(home, tmp_path / "out", reward=tmp_path / "untried"))
+    _, tokenizer = load_world_model(home / "wm")
+    words = (
+        f"this one did not: tokenizer: an audit through the world model's tokenizer {tokenizer.fingerprint} is required"
+    )
+    assert said.code == 2 and words in " ".join(said.err.split())
     override = ["--override-audit", "True"]
     said = worldline(*command(home, tmp_path / "out", judge=home / "reward"), *override)
     assert said.code == 2 and "two architectures are required" in said.err

@@ -22,7 +22,7 @@ from worldline.eval.plots import curve_bands
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.replays import open_for
 from worldline.rl_in_imagination.inverse import InverseModel
-from worldline.rl_in_imagination.inverse_audit import check_inverse
+from worldline.rl_in_imagination.inverse_audit import GOOD, InverseAudit, check_inverse, stored_audit
 from worldline.tokenizers import Tokenizer
 from worldline.trainers.inputs import (
     LatentBatches,
@@ -89,7 +89,8 @@ class Posttrain:
     out: Path
     rl: PosttrainSettings = field(default_factory=PosttrainSettings)
     override_audit: bool = False
-    """Use inverse models that failed their audit. The report says so."""
+    """Use inverse models that failed their audit, or passed it with laxer thresholds or another tokenizer than the world model's. The report
+    says so."""
     videos: int = 3
     """Held-out clips shown before and after."""
     ranking: PoliciesToRank = field(default_factory=PoliciesToRank)
@@ -101,12 +102,12 @@ class Posttrain:
 
 def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     """Post-train, write the report, return the folder."""
+    model, tokenizer = load_world_model(config.world_model)
     failures = {
-        name: check_inverse(folder, override=config.override_audit)
+        name: check_inverse(folder, tokenizer=tokenizer.fingerprint, override=config.override_audit)
         for name, folder in (("reward", config.reward), ("judge", config.judge))
     }
     require_disjoint(config.reward, config.judge)
-    model, tokenizer = load_world_model(config.world_model)
     if not isinstance(model, TracedWorldModel):
         raise SpecMismatch(
             f"--world-model {config.world_model}: a world model whose sampling has a log-probability is required (worldline train "
@@ -237,6 +238,17 @@ def _dreams(model: WorldModel, tokenizer: Tokenizer, clip: Clip, count: int) -> 
     return {c: x.cpu() for c, x in tokenizer.decode(latents).items()}
 
 
+def _audited(name: str, audit: InverseAudit | None) -> list[Any]:
+    """A row: what an inverse model's skill was, and by which thresholds it was judged."""
+    if audit is None:
+        return [name, *["–"] * 5]
+    skills = {score.kind: score.skill for score in audit.scores}
+    worst = max((kind for kind in skills if kind not in GOOD), key=lambda kind: skills[kind])
+    through = f"{skills['tokenizer']:.2f}" if "tokenizer" in skills else "not tried"
+    limits = audit.thresholds
+    return [name, f"{skills['exact']:.2f}", through, limits.exact, f"{worst} {skills[worst]:.2f}", limits.bad]
+
+
 def _report(
     config: Posttrain,
     found: Posttraining,
@@ -290,6 +302,16 @@ def _report(
         for c in found.checks
     ]
     report.table("Checks on held-out clips", columns, rows)
+    audits = {name: stored_audit(folder) for name, folder in (("reward", config.reward), ("judge", config.judge))}
+    columns = [
+        "model",
+        "skill on real clips",
+        "through the tokenizer",
+        "at least",
+        "worst of the other kinds",
+        "at most",
+    ]
+    report.table("Audits of the inverse models", columns, [_audited(name, audit) for name, audit in audits.items()])
     pages = " Both rankings have pages of their own: ranking/before/report.html and ranking/after/report.html."
     add_change(report, change, before="before", after="post-trained", note=pages)
     if before:
@@ -311,6 +333,7 @@ def _report(
         "checks": found.checks,
         "history": found.history,
         "audit_failures": failures,
+        "audits": {name: to_json(audit) for name, audit in audits.items()},
         "ranking": change,
     }
     report.write(config.out, results)

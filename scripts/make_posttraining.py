@@ -14,6 +14,8 @@ Everything is kept in --out; run the same command again after an interruption. P
 here is deepened on a bigger machine with the same command and more --tasks, --seeds, --minutes or --jobs.
 """
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +28,7 @@ import tyro
 from result_tables import number, row, table
 from stages import kept, pace, record, seconds_a_step, together, train
 
-from worldline.checkpoint import load_config
+from worldline.checkpoint import load_config, to_json
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.outputs import report_results
 from worldline.commands.posttraining import Posttrain, run_posttrain
@@ -163,21 +165,30 @@ def posttraining(config: MakePosttraining, seed: int) -> Posttrain:
     )
 
 
+def models_of(settings: Posttrain) -> list[str]:
+    return [weights_of(folder) for folder in (settings.world_model, settings.reward, settings.judge)]
+
+
 def seconds_an_iteration(settings: Posttrain) -> float:
-    """CPU seconds of an iteration of post-training, its checks apart, timed once."""
+    """CPU seconds of an iteration of post-training, its checks apart, timed once for these models and updates: both are in the file's name."""
 
     def run(iterations: int, out: Path) -> None:
         rl = replace(settings.rl, iterations=iterations, check_every=100, check_clips=4)
         run_posttrain(replace(settings, out=out, rl=rl, videos=0), progress=False)
 
-    return pace(run, settings.out, (1, 3))
+    timed_with = json.dumps([to_json(settings.rl.grpo), models_of(settings)], sort_keys=True)
+    mark = hashlib.sha256(timed_with.encode()).hexdigest()[:8]
+    return pace(run, settings.out.with_name(f"{settings.out.name}-{mark}"), (1, 3))
 
 
 def post_train(config: MakePosttraining, seed: int) -> Path:
     settings = posttraining(config, seed)
-    iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(settings)))
-    models = [weights_of(folder) for folder in (settings.world_model, settings.reward, settings.judge) if folder]
-    if not kept(settings.out, {"models": models, "iterations": iterations}, done="report.json"):
+    told = to_json(settings.rl)
+    rl = {f"rl.{k}": v for k, v in told.items() if k not in ("grpo", "iterations")}
+    grpo = {f"rl.grpo.{k}": v for k, v in told["grpo"].items()}
+    made_with = {"models": models_of(settings), "rl-minutes": config.rl_minutes, **rl, **grpo}
+    if not kept(settings.out, made_with, done="report.json"):  # before anything is timed
+        iterations = max(2, round(60 * config.rl_minutes / seconds_an_iteration(settings)))
         run_posttrain(replace(settings, rl=replace(settings.rl, iterations=iterations)))
     return settings.out
 

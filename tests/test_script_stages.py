@@ -1,10 +1,11 @@
 """What the table-making scripts share: finished work is kept, never silently used for another question, and paces are a step's."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from worldline.trainers.loop import LoopConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import make_posttraining
 import result_tables
 import stages
 
@@ -121,6 +123,37 @@ def test_a_pace_that_is_no_time_is_refused_and_not_kept(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"8 steps took .* CPU seconds, 2 took .*: no pace"):
         stages.pace(faster, tmp_path / "a", (2, 8))
     assert not (tmp_path / "a-pace.json").exists()
+
+
+def test_post_training_by_other_settings_is_refused_by_name_and_timed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An iteration of twice the rows once had the pace of the one before, and its table the results."""
+    runs: list[tuple[str, int, int]] = []
+
+    def run(settings: Any, progress: bool = True) -> None:
+        runs.append((settings.out.name, settings.rl.grpo.group, settings.rl.iterations))
+        settings.out.mkdir()
+        (settings.out / "report.json").write_text("{}")
+        busy(0.002 * settings.rl.grpo.group * settings.rl.iterations)
+
+    monkeypatch.setattr(make_posttraining, "run_posttrain", run)
+    monkeypatch.setattr(make_posttraining, "weights_of", lambda folder: folder.name)
+    config = make_posttraining.MakePosttraining(out=tmp_path, rl_minutes=0.01)
+    larger = replace(config, rl=replace(config.rl, grpo=replace(config.rl.grpo, group=16)))
+    for _ in range(2):
+        assert make_posttraining.post_train(config, 0) == tmp_path / "rlir0"
+    *timed, last = runs
+    assert len(timed) == 3 and last[:2] == ("rlir0", 8) and 20 < last[2] < 50  # 0.6 seconds at 0.016 each
+    with pytest.raises(SystemExit, match=r"rlir0 was made with another rl\.grpo\.group: use another --out"):
+        make_posttraining.post_train(larger, 0)
+    with pytest.raises(SystemExit, match=r"rlir0 was made with another rl\.check_clips: use another --out"):
+        make_posttraining.post_train(replace(config, rl=replace(config.rl, check_clips=64)), 0)
+    assert len(runs) == 4  # nor was anything timed
+    shutil.rmtree(tmp_path / "rlir0")
+    make_posttraining.post_train(larger, 0)
+    *timed, last = runs[4:]
+    assert len(timed) == 3 and last[:2] == ("rlir0", 16) and 10 < last[2] < 25
 
 
 def leave(path: Path) -> str:

@@ -1,5 +1,7 @@
 """`posttrain` through the command line: a world model in, one out; and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,10 +59,48 @@ def test_a_world_model_goes_in_and_one_comes_out(home: Path, worldline: Run, tmp
     assert set(found["checks"][0]) >= {"reward", "judge", "ceiling", "moved_psnr", "frechet"}
     model, tokenizer = load_world_model(tmp_path / "out")
     assert model.latent_spec == tokenizer.latent_spec
+    for name, audit in found["audits"].items():
+        assert audit["thresholds"] == {"exact": 0.5, "bad": 0.2} and audit["tokenizer"] == tokenizer.fingerprint
+        assert not any(sentence.startswith("tokenizer: an audit") for sentence in found["audit_failures"][name])
+    assert "Audits of the inverse models" in (tmp_path / "out" / "report.html").read_text()
     again = worldline(*run)  # it is done: nothing is trained, the report is the same
     assert again.code == 0 and results(tmp_path / "out", videos=True) == found
     changed = worldline(*run, "--rl.grpo.lr", 0.1)
     assert changed.code == 2 and "rl" in changed.err
+
+
+def test_a_run_does_not_go_on_with_other_data_at_the_same_path(home: Path, worldline: Run, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(home / "data", tmp_path / "data"))
+    run = [*command(home, tmp_path / "out", data=data), "--override-audit", "True", "--videos", 0, "--rl.iterations"]
+    assert worldline(*run, 1).code == 0
+    shutil.rmtree(data)
+    record(data, 24, "--horizon", 40, "--control-steps", 2, "--seed", 7)
+    said = worldline(*run, 2)
+    assert said.code == 2 and "holds a run with other settings" in said.err, said.err
+    assert f"what {data} holds: was" in " ".join(said.err.split())
+
+
+def test_video_alone_has_no_actions_to_follow(home: Path, worldline: Run, tmp_path: Path) -> None:
+    record(tmp_path / "video", 24, "--horizon", 40, "--control-steps", 2, "--without-actions", "True")
+    said = worldline(*command(home, tmp_path / "out", data=tmp_path / "video"), "--override-audit", "True")
+    assert said.code == 2 and "episodes with actions are required" in said.err, said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_episodes_too_short_for_a_check_are_told_the_protocol_and_not_flags_of_other_verbs(
+    home: Path, lab: Lab, worldline: Run, tmp_path: Path
+) -> None:
+    run = [*command(home, tmp_path / "out", data=lab.data), "--override-audit", "True"]
+    said = worldline(*run)  # episodes of 11 frames
+    words = " ".join(said.err.split())
+    assert said.code == 2 and "episodes of at least 16 frames required for clips of 16 at stride 1" in words, said.err
+    assert "Checks take clips of 16 frames (the evaluation protocol's), whatever --rl says: record longer" in words
+    assert "--frames" not in words and "--stride" not in words
+    said = worldline(*run, "--rl.grpo.frames", 30)
+    assert (
+        "episodes of at least 31 frames required" in " ".join(said.err.split()) and "fewer --rl.grpo.frames" in said.err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
@@ -106,6 +146,16 @@ def test_a_unified_model_is_post_trained_too_by_adapters(home: Path, lab: Lab, w
 def test_what_is_refused(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -> None:
     said = worldline(*command(home, tmp_path / "out"))
     assert said.code == 2 and "passed its audit is required" in said.err
+    shutil.copytree(home / "reward", tmp_path / "untried")  # passed, but never tried on what a tokenizer shows
+    about = json.loads((tmp_path / "untried" / "config.json").read_text())
+    about["provenance"]["audit"] |= {"failures": [], "tokenizer": None}
+    (tmp_path / "untried" / "config.json").write_text(json.dumps(about))
+    said = worldline(*command(home, tmp_path / "out", reward=tmp_path / "untried"))
+    _, tokenizer = load_world_model(home / "wm")
+    words = (
+        f"this one did not: tokenizer: an audit through the world model's tokenizer {tokenizer.fingerprint} is required"
+    )
+    assert said.code == 2 and words in " ".join(said.err.split())
     override = ["--override-audit", "True"]
     said = worldline(*command(home, tmp_path / "out", judge=home / "reward"), *override)
     assert said.code == 2 and "two architectures are required" in said.err

@@ -332,6 +332,33 @@ def test_a_model_that_failed_is_refused_unless_told_otherwise(tmp_path) -> None:
         check_inverse(tmp_path / "nowhere")
 
 
+def test_an_audit_vouches_for_its_own_tokenizer_and_not_by_lax_thresholds(tmp_path) -> None:
+    """A model that was never tried on decoded frames, or passed because next to nothing was asked, is as good as one that failed."""
+    found = audit_inverse(calibrate_inverse(stub(honest), circles(6)), circles(6))
+    audits = {
+        "plain": found,
+        "through": replace(found, tokenizer="feed"),
+        "lax": replace(found, thresholds=AuditThresholds(exact=0.3)),
+        "kind": replace(found, thresholds=AuditThresholds(bad=0.4)),
+        "strict": replace(found, thresholds=AuditThresholds(exact=0.6, bad=0.1)),
+    }
+    for name, audit in audits.items():
+        provenance = {"audit": to_json(audit)}
+        InverseModel(small(), SPEC, NORMALIZER).save_pretrained(tmp_path / name, provenance=provenance)
+    assert check_inverse(tmp_path / "plain") == check_inverse(tmp_path / "strict") == []  # of real video
+    assert check_inverse(tmp_path / "through", tokenizer="feed") == []
+    with pytest.raises(WorldlineError, match=r"the world model's tokenizer feed is required, it was through none"):
+        check_inverse(tmp_path / "plain", tokenizer="feed")
+    with pytest.raises(WorldlineError, match=r"tokenizer beef is required, it was through feed"):
+        check_inverse(tmp_path / "through", tokenizer="beef")
+    for name, numbers in (("lax", "0.3 and 0.2"), ("kind", "0.5 and 0.4")):
+        with pytest.raises(
+            WorldlineError, match=rf"at least 0.5 .* at most 0.2 .* is required, it was audited by {numbers}"
+        ):
+            check_inverse(tmp_path / name)
+        assert len(check_inverse(tmp_path / name, override=True)) == 1
+
+
 def test_spoiled_clips_are_what_they_say() -> None:
     frames = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous()
     firsts = {name: spoil(frames)[:, 0, 0, 0].tolist() for name, spoil in SPOILED.items()}

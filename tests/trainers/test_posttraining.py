@@ -10,7 +10,7 @@ from tests.oracles import dot_clip, encoded
 from tests.rl_in_imagination.test_denoiser_grpo import follows, half_trained
 from worldline.errors import WorldlineError
 from worldline.rl_in_imagination.denoiser_grpo import GRPOConfig
-from worldline.trainers.posttraining import PosttrainSettings, best_of, check, opening, posttrain
+from worldline.trainers.posttraining import PosttrainSettings, best_of, check, opening, posttrain, stop_reason
 from worldline.worldmodels import AutoregressiveWorldModel
 
 GRPO = GRPOConfig(contexts=4, group=8, frames=3, minibatch=32, lr=1e-3, clip=1e-3, kl=0.0)
@@ -89,12 +89,64 @@ def test_a_planted_hack_is_caught(begun, tmp_path):
     assert found.best < found.checks[-1]["iteration"]
 
 
-def test_only_the_judge_and_the_pictures_decide_which_is_best():
-    def row(iteration, judge, psnr, reward):
-        return {"iteration": float(iteration), "judge": judge, "moved_psnr": psnr, "reward": reward}
+def row(iteration, **changes):
+    """A check; at iteration 0 as training begins."""
+    begun = {"reward": 0.5, "judge": 0.5, "moved_psnr": 20.0, "moved_ssim": 0.63, "frechet": 0.16}
+    return {"iteration": float(iteration), **begun, **changes}
 
-    checks = [row(0, 0.5, 20.0, 0.5), row(10, 0.6, 19.9, 0.6), row(20, 0.7, 19.0, 0.9), row(30, 0.6, 21.0, 0.7)]
+
+def test_only_the_judge_and_the_pictures_decide_which_is_best():
+    good = row(10, judge=0.6, reward=0.6, moved_psnr=19.9)
+    checks = [row(0), good, row(20, judge=0.7, reward=0.9, moved_psnr=19.0), row(30, judge=0.6, reward=0.7)]
     assert best_of(checks, SETTINGS) == 10  # 20 lost a decibel, 30 is no better than 10
+
+
+BETTER = {"judge": 0.6, "reward": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("worse", "sentence"),
+    [
+        ({"moved_psnr": 19.6}, "PSNR on moved pixels fell from 20.00 to 19.60 dB"),
+        ({"moved_ssim": 0.57}, "SSIM on moved pixels fell from 0.630 to 0.570"),
+        ({"frechet": 0.4}, "the latent Frechet distance rose from 0.160 to 0.400"),
+    ],
+)
+def test_worse_pictures_are_not_published_and_stop_a_reward_that_rises(worse, sentence):
+    """Each of the three alone, whatever the judge says; where the reward did not rise, nothing is hacked."""
+    checks = [row(0), row(10, **BETTER, **worse)]
+    assert best_of(checks, SETTINGS) == 0
+    assert stop_reason(checks, SETTINGS) == f"the reward rose from 0.500 to 0.600 while {sentence}: it is being hacked"
+    fallen = [row(0), row(10, judge=0.6, reward=0.45, **worse)]
+    assert stop_reason(fallen, SETTINGS) == "" and best_of(fallen, SETTINGS) == 0
+
+
+@pytest.mark.parametrize("within", [{"moved_psnr": 19.8}, {"moved_ssim": 0.6}, {"frechet": 0.3}])
+def test_what_chance_does_to_pictures_stops_nothing(within):
+    checks = [row(0), row(10, **BETTER, **within)]
+    assert stop_reason(checks, SETTINGS) == "" and best_of(checks, SETTINGS) == 10
+
+
+def test_a_tiny_frechet_distance_may_double():
+    checks = [row(0, frechet=0.01), row(10, **BETTER, frechet=0.15)]
+    assert stop_reason(checks, SETTINGS) == "" and best_of(checks, SETTINGS) == 10
+    checks = [row(0, frechet=0.01), row(10, **BETTER, frechet=0.25)]
+    assert "Frechet distance rose from 0.010 to 0.250" in stop_reason(checks, SETTINGS)
+
+
+def test_a_reward_that_the_judge_does_not_confirm_is_hacked_and_not_published():
+    """As it was found: the reward rose by 0.4, the judge stood still, and the model was published."""
+    checks = [row(0), row(10, reward=0.9, judge=0.5001)]
+    assert "while the judge confirmed +0.000 of it, at least +0.100 required: it is being" in stop_reason(
+        checks, SETTINGS
+    )
+    assert best_of(checks, SETTINGS) == 0
+    followed = [row(0), row(10, reward=0.9, judge=0.62)]  # more than a quarter
+    assert stop_reason(followed, SETTINGS) == "" and best_of(followed, SETTINGS) == 10
+    noise = [row(0), row(10, reward=0.58, judge=0.501)]  # no rise that asks for a confirmation
+    assert stop_reason(noise, SETTINGS) == "" and best_of(noise, SETTINGS) == 10
+    fell = [row(0), row(10, reward=0.51, judge=0.47)]
+    assert "while the judge fell from 0.500 to 0.470: it is being hacked" in stop_reason(fell, SETTINGS)
 
 
 def test_an_opening_is_the_frame_behind_the_lead():
@@ -109,6 +161,12 @@ def test_settings_are_checked():
         PosttrainSettings(check_clips=2)
     with pytest.raises(ValueError, match="iterations must be at least 1"):
         PosttrainSettings(iterations=0)
+    with pytest.raises(ValueError, match=r"worst_ssim of at least 0 required, got -0.1"):
+        PosttrainSettings(worst_ssim=-0.1)
+    with pytest.raises(
+        ValueError, match=r"worst_frechet of at least 1 and confirmed from 0 to 1 required, got 0.5 and"
+    ):
+        PosttrainSettings(worst_frechet=0.5)
 
 
 def test_clips_in_which_nothing_moves_cannot_tell_a_picture_from_a_worse_one(begun):

@@ -125,6 +125,20 @@ def require_true_gradient(model, trace, weight) -> None:
     assert (up - down) / (2 * small) == pytest.approx(length, rel=0.05)
 
 
+def test_a_camera_that_is_missing_in_a_row_is_refused():
+    """A model that was trained without one dreams on, but what its dream was shown is not what one pass would show."""
+    model = traced_model(camera_dropout=0.2)
+    seen, actions = begin(3, 1, 2)
+    begun = {"seeds": torch.arange(3), "steps": 4}
+    some = replace(seen, present={"top": torch.tensor([True, False, True])})
+    model.observe(some)  # deployed sampling may
+    with pytest.raises(SpecMismatch, match=r"requires every camera in every row .* missing are top in 1 of 3 rows"):
+        model.sample_traced(some, actions, **begun)
+    every = replace(seen, present={"top": torch.ones(3, dtype=torch.bool)})
+    whole, told = model.sample_traced(seen, actions, **begun), model.sample_traced(every, actions, **begun)
+    assert torch.equal(whole.x, told.x)
+
+
 @pytest.mark.parametrize(
     ("options", "steps", "expected"),
     [

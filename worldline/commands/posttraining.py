@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,24 @@ from worldline.commands.outputs import command_line, report_results
 from worldline.commands.ranking import Rank, run_rank
 from worldline.commands.ranking_page import add_change
 from worldline.commands.rollouts import weights_of
+from worldline.data import require_actions
 from worldline.errors import SpecMismatch
 from worldline.eval import Report, video_grid
 from worldline.eval.plots import curve_bands
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.replays import open_for
 from worldline.rl_in_imagination.inverse import InverseModel
-from worldline.rl_in_imagination.inverse_audit import check_inverse
+from worldline.rl_in_imagination.inverse_audit import GOOD, InverseAudit, check_inverse, stored_audit
 from worldline.tokenizers import Tokenizer
-from worldline.trainers.inputs import LatentBatches, claim_output, data_provenance, open_datasets
+from worldline.trainers.inputs import (
+    LatentBatches,
+    Selection,
+    claim_output,
+    contents,
+    data_provenance,
+    open_datasets,
+    require_length,
+)
 from worldline.trainers.inverse import require_disjoint
 from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
 from worldline.types import Clip, TracedWorldModel, WorldModel, require_match
@@ -59,8 +69,10 @@ class Posttrain:
     """Post-train a world model by reinforcement learning on its own dreams (RLIR): frames off which an inverse dynamics model reads the actions
     that were commanded are made likelier.
 
-    The reward model is trained for; a judge of another architecture and other episodes, and the pictures, are watched. The model the judge
-    likes best is published in --out, a world-model folder like any other; the same command goes on after an interruption.
+    The reward model is trained for; a judge of another architecture and other episodes, and the pictures (PSNR and SSIM on moved pixels, latent
+    Frechet distance), are watched: where they part from the reward it stops (--rl.parted, --rl.worst-psnr and what follows). The model the
+    judge likes best, of those whose pictures did not get worse and whose reward it confirmed, is published in --out, a world-model folder
+    like any other; the same command goes on after an interruption.
 
     Example: worldline posttrain --world-model runs/wm --reward runs/inverse-a --judge runs/inverse-b --data data/drawer --out runs/wm-rlir
     """
@@ -77,7 +89,8 @@ class Posttrain:
     out: Path
     rl: PosttrainSettings = field(default_factory=PosttrainSettings)
     override_audit: bool = False
-    """Use inverse models that failed their audit. The report says so."""
+    """Use inverse models that failed their audit, or passed it with laxer thresholds or another tokenizer than the world model's. The report
+    says so."""
     videos: int = 3
     """Held-out clips shown before and after."""
     ranking: PoliciesToRank = field(default_factory=PoliciesToRank)
@@ -89,12 +102,12 @@ class Posttrain:
 
 def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     """Post-train, write the report, return the folder."""
+    model, tokenizer = load_world_model(config.world_model)
     failures = {
-        name: check_inverse(folder, override=config.override_audit)
+        name: check_inverse(folder, tokenizer=tokenizer.fingerprint, override=config.override_audit)
         for name, folder in (("reward", config.reward), ("judge", config.judge))
     }
     require_disjoint(config.reward, config.judge)
-    model, tokenizer = load_world_model(config.world_model)
     if not isinstance(model, TracedWorldModel):
         raise SpecMismatch(
             f"--world-model {config.world_model}: a world model whose sampling has a log-probability is required (worldline train "
@@ -117,19 +130,20 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
         "reward": weights_of(config.reward),
         "judge": weights_of(config.judge),
     }
+    cameras = [c.name for c in tokenizer.cameras]
+    training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
+    dreamt, checked = config.rl.grpo.frames + 1, _check_frames(model.spec.chunk)
+    _require_clips(training, held_out, dreamt, checked, stride)
     claim_output(
         config.out,
         "post-training",
-        {"data": [str(d) for d in config.data], **made_from, "rl": _kept(config.rl)},
-        identity=("data", *made_from, "rl"),
+        {"data": [str(d) for d in config.data], "rl": _kept(config.rl)},
+        identity=("data", "rl"),
+        made_from={**made_from, **contents(training)},  # of whole datasets, their held-out episodes too
     )
-    cameras = [c.name for c in tokenizer.cameras]
-    training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
     options: dict[str, Any] = {"stride": stride, "device": device, "progress": progress}
-    batches = LatentBatches(training, tokenizer, frames=config.rl.grpo.frames + 1, **options)
-    chunks = math.ceil((PROTOCOL.clip_frames - 1) / model.spec.chunk)
-    checked = LatentBatches(held_out, tokenizer, frames=chunks * model.spec.chunk + 1, **options)
-    clip = checked.batch(0, 0, config.rl.check_clips)
+    batches = LatentBatches(training, tokenizer, frames=dreamt, **options)
+    clip = LatentBatches(held_out, tokenizer, frames=checked, **options).batch(0, 0, config.rl.check_clips)
     for module in (model, reward, judge):
         module.to(device)
     before = _dreams(model, tokenizer, clip, config.videos)
@@ -154,6 +168,29 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     change = _ranked(config, progress)
     _report(config, found, failures, made_from, tokenizer, clip, before, model.spec.fps, change)
     return config.out
+
+
+def _check_frames(chunk: int) -> int:
+    """Of a clip that is checked: the protocol's, or as many more as whole chunks take after the first."""
+    return math.ceil((PROTOCOL.clip_frames - 1) / chunk) * chunk + 1
+
+
+def _require_clips(
+    training: Sequence[Selection], held_out: Sequence[Selection], dreamt: int, checked: int, stride: int
+) -> None:
+    """Raise `DatasetError` if actions are not known, or episodes too short for what is dreamt or checked."""
+    for s in (*training, *held_out):
+        require_actions(s.dataset, s.episodes)
+    for s in training:
+        require_length(s, dreamt, stride, advice="Use fewer --rl.grpo.frames, or record longer episodes.")
+    whole = f", here {checked} to hold whole chunks" if checked > PROTOCOL.clip_frames else ""
+    for s in held_out:
+        advice = (
+            f"Checks take clips of {PROTOCOL.clip_frames} frames (the evaluation protocol's){whole}, whatever --rl says"
+        )
+        require_length(
+            s, checked, stride, advice=f"{advice}: record longer episodes, or leave this folder out of --data."
+        )
 
 
 def _kept(settings: PosttrainSettings) -> Any:
@@ -202,6 +239,17 @@ def _dreams(model: WorldModel, tokenizer: Tokenizer, clip: Clip, count: int) -> 
     return {c: x.cpu() for c, x in tokenizer.decode(latents).items()}
 
 
+def _audited(name: str, audit: InverseAudit | None) -> list[Any]:
+    """A row: what an inverse model's skill was, and by which thresholds it was judged."""
+    if audit is None:
+        return [name, *["–"] * 5]
+    skills = {score.kind: score.skill for score in audit.scores}
+    worst = max((kind for kind in skills if kind not in GOOD), key=lambda kind: skills[kind])
+    through = f"{skills['tokenizer']:.2f}" if "tokenizer" in skills else "not tried"
+    limits = audit.thresholds
+    return [name, f"{skills['exact']:.2f}", through, limits.exact, f"{worst} {skills[worst]:.2f}", limits.bad]
+
+
 def _report(
     config: Posttrain,
     found: Posttraining,
@@ -233,13 +281,15 @@ def _report(
         f"On {config.rl.check_clips} held-out clips of {clip.poses.shape[1]} frames the judge finds the commanded actions with an agreement of "
         f"**{first['judge']:.3f}** ± {first['judge_error']:.3f} before and **{best['judge']:.3f}** ± {best['judge_error']:.3f} with the model of "
         f"iteration {found.best}, which is the one in this folder{closed}; on real video through the tokenizer {first['ceiling']:.3f}. Moved pixels: "
-        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB. Latent Frechet distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best "
-        f"of {len(found.checks)} checks was chosen on these clips, which flatters it. Stopped because {found.stopped}."
+        f"{first['moved_psnr']:.2f} and {best['moved_psnr']:.2f} dB, SSIM {first['moved_ssim']:.3f} and {best['moved_ssim']:.3f}. Latent Frechet "
+        f"distance {first['frechet']:.3f} and {best['frechet']:.3f}. The best of {len(found.checks)} checks was chosen on these clips, which flatters "
+        f"it. Stopped because {found.stopped}."
     )
     numbers = [int(c["iteration"]) for c in found.checks]
     for name, title in (
         ("judge", "Agreement"),
         ("moved_psnr", "PSNR on moved pixels, dB"),
+        ("moved_ssim", "SSIM on moved pixels"),
         ("frechet", "Latent Frechet distance"),
     ):
         named = ("reward", "judge", "ceiling") if name == "judge" else (name,)
@@ -253,6 +303,16 @@ def _report(
         for c in found.checks
     ]
     report.table("Checks on held-out clips", columns, rows)
+    audits = {name: stored_audit(folder) for name, folder in (("reward", config.reward), ("judge", config.judge))}
+    columns = [
+        "model",
+        "skill on real clips",
+        "through the tokenizer",
+        "at least",
+        "worst of the other kinds",
+        "at most",
+    ]
+    report.table("Audits of the inverse models", columns, [_audited(name, audit) for name, audit in audits.items()])
     pages = " Both rankings have pages of their own: ranking/before/report.html and ranking/after/report.html."
     add_change(report, change, before="before", after="post-trained", note=pages)
     if before:
@@ -274,6 +334,7 @@ def _report(
         "checks": found.checks,
         "history": found.history,
         "audit_failures": failures,
+        "audits": {name: to_json(audit) for name, audit in audits.items()},
         "ranking": change,
     }
     report.write(config.out, results)

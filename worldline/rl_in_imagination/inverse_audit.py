@@ -51,7 +51,8 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditThresholds:
-    """What is required: skill from 0 (guessing) to 1 (perfect)."""
+    """What is required: skill from 0 (guessing) to 1 (perfect). A model that passes by laxer thresholds than the defaults is used by
+    --override-audit alone."""
 
     exact: float = 0.5
     """At least this on real clips, and on real clips through the tokenizer."""
@@ -160,20 +161,44 @@ def audit_inverse(
     )
 
 
-def check_inverse(folder: Path, *, override: bool = False) -> list[str]:
-    """What the audit stored with an inverse model found wrong. Raises `WorldlineError` for anything, unless `override`."""
+def stored_audit(folder: Path) -> InverseAudit | None:
+    """The audit that an inverse model was saved with."""
     folder = checkpoint.resolve(folder)
     stored = checkpoint.load_config(folder, part="inverse")["provenance"].get("audit")
-    if stored is None:
-        failures = ["no audit: it takes two held-out episodes"]
-    else:
-        failures = list(checkpoint.from_json(InverseAudit, stored, source=f"{folder}/config.json").failures)
+    return None if stored is None else checkpoint.from_json(InverseAudit, stored, source=f"{folder}/config.json")
+
+
+def check_inverse(folder: Path, *, tokenizer: str | None = None, override: bool = False) -> list[str]:
+    """What is wrong with the audit stored with an inverse model: what it found, thresholds laxer than `AuditThresholds`' own, and another
+    tokenizer than the one through which the model is going to see. Raises `WorldlineError` for anything, unless `override`.
+
+    Args:
+        tokenizer: its fingerprint; None: the model will see real video.
+    """
+    audit = stored_audit(folder)
+    failures = ["no audit: it takes two held-out episodes"] if audit is None else _doubts(audit, tokenizer)
     if failures and not override:
         raise WorldlineError(
             f"{folder}: an inverse model that passed its audit is required, this one did not: {'; '.join(failures)}. Train it longer or "
             "on more varied episodes, or use it all the same with --override-audit True (the result will say so)."
         )
     return failures
+
+
+def _doubts(audit: InverseAudit, tokenizer: str | None) -> list[str]:
+    """What an audit found, and what it cannot vouch for."""
+    least, used, sentences = AuditThresholds(), audit.thresholds, list(audit.failures)
+    if used.exact < least.exact or used.bad > least.bad:
+        sentences.append(
+            f"thresholds: a skill of at least {least.exact:g} (audit.exact) and at most {least.bad:g} (audit.bad) or stricter is required, it was "
+            f"audited by {used.exact:g} and {used.bad:g}"
+        )
+    if tokenizer is not None and audit.tokenizer != tokenizer:
+        sentences.append(
+            f"tokenizer: an audit through the world model's tokenizer {tokenizer} is required, it was through {audit.tokenizer or 'none'} "
+            "(train inverse --tokenizer)"
+        )
+    return sentences
 
 
 def _failures(

@@ -172,7 +172,7 @@ class LatentBatches:
         self.selections, self.frames, self.starts, self.lead = selections, frames, starts, lead
         self.caches = []
         for s in selections:
-            _require_length(s, frames, stride)
+            require_length(s, frames, stride)
             root = cache_root() / "latents" / f"{s.dataset.fingerprint}-{tokenizer.fingerprint}-s{stride}"
             tokenizer.to(device)
             # what `build` returns knows all these episodes, even while another process still rewrites the folder's index
@@ -194,13 +194,15 @@ class LatentBatches:
         return collate([with_lead(part, part.lead, lead) for part in parts])
 
 
-def _require_length(selection: Selection, frames: int, stride: int) -> None:
-    """Before an hour of encoding, not after it."""
+def require_length(
+    selection: Selection, frames: int, stride: int, *, advice: str = "Use fewer --frames or a smaller --stride."
+) -> None:
+    """Raise `DatasetError` with this advice if no episode gives a clip: before an hour of encoding, not after it."""
     longest = max((selection.dataset.length(i) for i in selection.episodes), default=0)
     if longest < (frames - 1) * stride + 1:
         raise DatasetError(
             f"{selection.dataset.root}: episodes of at least {(frames - 1) * stride + 1} frames required for clips of {frames} "
-            f"at stride {stride}, the longest of {len(selection.episodes)} has {longest}. Use fewer --frames or a smaller --stride."
+            f"at stride {stride}, the longest of {len(selection.episodes)} has {longest}. {advice}"
         )
 
 

@@ -48,7 +48,8 @@ class TrainInverse:
     """Train on one of two disjoint halves of the training episodes (by a hash of the episode's number): a reward on one, a judge on the
     other."""
     tokenizer: Path | None = None
-    """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like."""
+    """Show half of the training frames as this tokenizer reconstructs them: that is what dreams look like. To post-train a world
+    model it is that model's tokenizer."""
     cameras: tuple[str, ...] | None = None
     """Cameras to see. Default: those of --tokenizer, or all."""
     fakes: float = 0.1

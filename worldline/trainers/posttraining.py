@@ -3,9 +3,10 @@
 - An iteration's contexts are first frames of recorded clips, the actions those recorded after them, all drawn by (seed, iteration) alone;
   a killed post-training goes on bit for bit.
 - The reward model is what training maximises. What is watched is what it never sees: a judge of another architecture that learned from other
-  episodes, PSNR on moved pixels and the Frechet distance of latents, on held-out clips by the deployed sampler.
-- The model that is published is the one the judge liked best among those whose pictures did not get worse. Where the reward rises while the
-  judge or the pictures fall, the reward is being hacked: post-training stops and says so.
+  episodes, PSNR and SSIM on moved pixels and the Frechet distance of latents, on held-out clips by the deployed sampler.
+- Where the reward rises while the judge or the pictures get worse, or while the judge confirms next to nothing of it, the reward is being
+  hacked: post-training stops and says so.
+- The model that is published is the one the judge liked best among those whose pictures did not get worse and whose reward it confirmed.
 """
 
 import logging
@@ -29,6 +30,9 @@ from worldline.trainers.state import IterationState
 from worldline.types import Clip
 
 log = logging.getLogger(__name__)
+FRECHET_FLOOR = 0.1
+"""A first latent Frechet distance below this one counts as this one: it is 0.05 to 0.16 of 32 to 48 clips of trained world models, and moves by
+0.01 from check to check without a reason."""
 Batches = Callable[[int, int, int], Clip]
 """(seed, step, size) to a clip of raw latents of that many rows: a function of its arguments alone."""
 
@@ -45,8 +49,16 @@ class PosttrainSettings:
     """Checks without an improvement after which it stops."""
     worst_psnr: float = 0.3
     """dB on moved pixels that a model may lose and still be published."""
+    worst_ssim: float = 0.05
+    """SSIM on moved pixels (0 to 1) that a model may lose and still be published."""
+    worst_frechet: float = 2.0
+    """Times the latent Frechet distance of the first check (0.1 where that is less) that a model may reach and still be published."""
     parted: float = 0.02
-    """Agreement that the judge may lose, while the reward rises, before the reward counts as hacked."""
+    """Agreement (0 to 1) that the judge may lose, while the reward rises, before the reward counts as hacked."""
+    clear: float = 0.1
+    """Agreement by which the reward must have risen, above what chance does, before the judge must have confirmed it."""
+    confirmed: float = 0.25
+    """Share of such a rise that the judge must have gained too; with less the reward counts as hacked."""
     seed: int = 0
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
@@ -54,10 +66,14 @@ class PosttrainSettings:
         for name in ("iterations", "check_every", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.check_clips < 4 or self.worst_psnr < 0 or self.parted < 0:
+        if self.check_clips < 4:
+            raise ValueError(f"check_clips of at least 4 required, got {self.check_clips}")
+        for name in ("worst_psnr", "worst_ssim", "parted", "clear"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} of at least 0 required, got {getattr(self, name)}")
+        if not self.worst_frechet >= 1 or not 0 <= self.confirmed <= 1:
             raise ValueError(
-                f"check_clips of at least 4, worst_psnr and parted of at least 0 required, got {self.check_clips}, {self.worst_psnr} and "
-                f"{self.parted}"
+                f"worst_frechet of at least 1 and confirmed from 0 to 1 required, got {self.worst_frechet} and {self.confirmed}"
             )
 
 
@@ -120,7 +136,7 @@ def posttrain(
                     writer.add_scalar(f"check/{name}", value, iteration)
                 bar.set_postfix({k: f"{checks[-1][k]:.3f}" for k in ("reward", "judge", "moved_psnr")})
                 state.store(iteration, history, checks)
-            stopped = _reason(checks, settings)
+            stopped = stop_reason(checks, settings)
             if last or stopped:
                 break
 
@@ -146,13 +162,12 @@ def posttrain(
     finally:
         bar.close()
         writer.close()
-    hacked = _hacked(checks, settings)
     return Posttraining(
         history=history,
         checks=checks,
         best=best_of(checks, settings),
         stopped=stopped or "all iterations were run",
-        hacked=hacked,
+        hacked=bool(_parted(checks[0], checks[-1], settings)),
     )
 
 
@@ -205,30 +220,42 @@ def opening(clip: Clip) -> Clip:
 
 
 def best_of(checks: list[dict[str, float]], settings: PosttrainSettings) -> int:
-    """The iteration that the judge liked best, of those that kept their pictures; the first of equals."""
-    first = checks[0]["moved_psnr"]
-    kept = [c for c in checks if c["moved_psnr"] >= first - settings.worst_psnr]
-    return int(max(kept, key=lambda c: (c["judge"], -c["iteration"]))["iteration"])
+    """The iteration that the judge liked best, of those that kept their pictures and whose reward it confirmed; the first of equals."""
+    first = checks[0]
+    kept = [c for c in checks[1:] if not _worse_pictures(first, c, settings) and not _parted(first, c, settings)]
+    return int(max([first, *kept], key=lambda c: (c["judge"], -c["iteration"]))["iteration"])
 
 
-def _hacked(checks: list[dict[str, float]], settings: PosttrainSettings) -> bool:
-    """Whether the reward rose since the beginning while the judge, or the pictures, fell."""
-    first, now = checks[0], checks[-1]
-    rose = now["reward"] > first["reward"]
-    fell = (
-        now["judge"] < first["judge"] - settings.parted or now["moved_psnr"] < first["moved_psnr"] - settings.worst_psnr
-    )
-    return rose and fell
+def _worse_pictures(first: dict[str, float], now: dict[str, float], settings: PosttrainSettings) -> list[str]:
+    """What got worse about the pictures, by more than they may."""
+    lost = []
+    if not now["moved_psnr"] >= first["moved_psnr"] - settings.worst_psnr:
+        lost.append(f"PSNR on moved pixels fell from {first['moved_psnr']:.2f} to {now['moved_psnr']:.2f} dB")
+    if not now["moved_ssim"] >= first["moved_ssim"] - settings.worst_ssim:
+        lost.append(f"SSIM on moved pixels fell from {first['moved_ssim']:.3f} to {now['moved_ssim']:.3f}")
+    if not now["frechet"] <= settings.worst_frechet * max(first["frechet"], FRECHET_FLOOR):
+        lost.append(f"the latent Frechet distance rose from {first['frechet']:.3f} to {now['frechet']:.3f}")
+    return lost
 
 
-def _reason(checks: list[dict[str, float]], settings: PosttrainSettings) -> str:
+def _parted(first: dict[str, float], now: dict[str, float], settings: PosttrainSettings) -> list[str]:
+    """How the judge and the pictures parted from the reward, which rose since the beginning. Empty: they did not, or it did not rise."""
+    earned, gained = now["reward"] - first["reward"], now["judge"] - first["judge"]
+    if earned <= 0:
+        return []
+    parted = []
+    if gained < -settings.parted:
+        parted.append(f"the judge fell from {first['judge']:.3f} to {now['judge']:.3f}")
+    elif earned > settings.clear and gained < settings.confirmed * earned:
+        parted.append(f"the judge confirmed {gained:+.3f} of it, at least {settings.confirmed * earned:+.3f} required")
+    return parted + _worse_pictures(first, now, settings)
+
+
+def stop_reason(checks: list[dict[str, float]], settings: PosttrainSettings) -> str:
     """Why it should stop; empty: it should not."""
     first, now = checks[0], checks[-1]
-    if _hacked(checks, settings):
-        return (
-            f"the reward rose from {first['reward']:.3f} to {now['reward']:.3f} while the judge went from {first['judge']:.3f} to "
-            f"{now['judge']:.3f} and PSNR on moved pixels from {first['moved_psnr']:.2f} to {now['moved_psnr']:.2f} dB: it is being hacked"
-        )
+    if parted := _parted(first, now, settings):
+        return f"the reward rose from {first['reward']:.3f} to {now['reward']:.3f} while {' and '.join(parted)}: it is being hacked"
     best = best_of(checks, settings)
     since = sum(c["iteration"] > best for c in checks)
     return f"{since} checks brought nothing better than iteration {best}" if since >= settings.patience else ""

@@ -82,7 +82,14 @@ def sample_traced(
     steps: int,
     eta: float,
 ) -> Trace:
-    """`TracedSampling.sample_traced`, frame by frame."""
+    """`TracedSampling.sample_traced`, frame by frame. Raises `SpecMismatch` if a camera is missing in some row: the one pass of `trace_means`
+    shows every frame with every camera."""
+    missing = {camera: int((~there).sum()) for camera, there in seen.present.items() if not there.all()}
+    if missing:
+        rows = ", ".join(f"{camera} in {count} of {len(seen.poses)} rows" for camera, count in sorted(missing.items()))
+        raise SpecMismatch(
+            f"traced sampling requires every camera in every row of what is observed, missing are {rows}"
+        )
     streaming, seeds = model.streaming, seeds.to(model.device)
     levels = solver_levels(steps).tolist()
     given = model.network_units(seen)

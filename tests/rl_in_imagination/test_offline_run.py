@@ -81,6 +81,16 @@ def test_a_killed_run_goes_on_bit_for_bit(agent: AgentConfig, when: int, tmp_pat
     same(run(agent, out=tmp_path), whole)  # and once finished, it is there
 
 
+def test_no_point_of_a_curve_is_missing_where_a_run_goes_on_between_two(tmp_path: Path) -> None:
+    """Saved at 9, noted at 10: the policy learns in every second update, and had learned last in the one before the save."""
+    config = replace(CONFIG, save_every=9, log_every=10)
+    whole = run(config=config)
+    assert [at for at, _ in whole.history["train/policy_loss"]] == [10, 20, 30, 40]
+    with pytest.raises(Killed):
+        run(config=config, out=tmp_path, evaluate=killed_at(10))
+    same(run(config=config, out=tmp_path), whole)
+
+
 def test_data_is_made_anew_from_the_policies_as_they_are() -> None:
     asked: list[tuple[int, Tensor]] = []
 
@@ -147,8 +157,11 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         run(replace(TD3, alpha=1.0), out=tmp_path)
     with pytest.raises(CheckpointError, match=r"seeds: required \[4, 11\], got \[4, 12\]"):
         run(seeds=(4, 12), out=tmp_path)
-    with pytest.raises(CheckpointError, match="data: required"):
-        train_offline(record(10, 1), TD3, CONFIG, seeds=SEEDS, synthesise=rehearse, out=tmp_path, progress=False)
+    real = record(10, 0)
+    others = (record(10, 1), replace(real, next_observations=real.next_observations + 0.1))
+    for other in others:
+        with pytest.raises(CheckpointError, match="data: required"):
+            train_offline(other, TD3, CONFIG, seeds=SEEDS, synthesise=rehearse, out=tmp_path, progress=False)
     run(config=replace(CONFIG, save_every=7, log_every=3, evaluate_every=9), out=tmp_path)  # bookkeeping may change
 
 

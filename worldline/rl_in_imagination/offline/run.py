@@ -108,11 +108,12 @@ def train_offline(
         temperature=config.temperature,
     )
     history: History = {}
+    latest: dict[str, Tensor] = {}  # metrics that wait to be noted
     settings = {**_settings(real, agent, config, seeds), "synthetic": synthesise is not None, **(provenance or {})}
     state = None if out is None else _State(out / "training", settings)
-    update, made_at = (0, -1) if state is None else state.restore(learner, replay, history)
+    update, made_at = (0, -1) if state is None else state.restore(learner, replay, history, latest)
     bar = tqdm(total=config.updates, initial=update, desc="offline", unit="update", disable=not progress)
-    saved, latest = -1, {}
+    saved = -1
     try:
         while True:
             finished = update >= config.updates
@@ -132,7 +133,7 @@ def train_offline(
             # --- save, stop? ------------------------------------------------------------------------------------------
             due = finished or made_at == update or (update and update % config.save_every == 0)
             if state and due and saved != update:
-                state.store(learner, history, update, made_at)
+                state.store(learner, history, latest, update, made_at)
                 saved = update
             if finished:
                 break
@@ -141,7 +142,7 @@ def train_offline(
             metrics = learner.update(replay.batch(update), update)
             _require_finite(metrics, update, seeds, out)
             update += 1
-            latest |= metrics  # a policy that learns every second update has none of its own in the others
+            latest.update(metrics)  # a policy that learns every second update has none of its own in the others
             if update % config.log_every == 0 or update == config.updates:
                 _note(history, "train", update, latest)
                 latest = {}
@@ -192,7 +193,8 @@ def _require_finite(metrics: Metrics, update: int, seeds: Sequence[int], out: Pa
 
 def _settings(real: Trajectories, agent: AgentConfig, config: OfflineConfig, seeds: Sequence[int]) -> dict[str, Any]:
     """What must be the same where a run goes on."""
-    data = {name: getattr(real, name) for name in ("observations", "actions", "rewards", "terminated", "lengths")}
+    tables = ("observations", "actions", "rewards", "next_observations", "terminated", "lengths")
+    data = {name: getattr(real, name) for name in tables}
     return {
         "agent": {"name": type(agent).__name__, **to_json(agent)},
         "config": {name: value for name, value in asdict(config).items() if name not in _BOOKKEEPING},
@@ -223,8 +225,11 @@ class _State:
         else:
             write_json(folder / "run.json", self.settings)
 
-    def restore(self, agent: OfflineAgent, replay: Replay, history: History) -> tuple[int, int]:
-        """Fill agent, synthetic tables and history. Returns the update reached, and that at which the tables were made (or -1)."""
+    def restore(
+        self, agent: OfflineAgent, replay: Replay, history: History, latest: dict[str, Tensor]
+    ) -> tuple[int, int]:
+        """Fill agent, synthetic tables, history and the metrics that wait for it. Returns the update reached, and that at which the
+        tables were made (or -1)."""
         if not (self.folder / "state.safetensors").is_file():
             return 0, -1
         tensors = read_tensors(self.folder / "state.safetensors")
@@ -237,6 +242,8 @@ class _State:
             if key.startswith("history/at/"):
                 name = key.removeprefix("history/at/")
                 history[name] = list(zip(value.tolist(), tensors[f"history/value/{name}"]))
+            elif key.startswith("latest/"):
+                latest[key.removeprefix("latest/")] = value
         log.info("going on with %s at update %d", self.folder.parent, update)
         return update, made_at
 
@@ -244,11 +251,14 @@ class _State:
         named = {f.name: getattr(tables, f.name) for f in fields(tables)}
         write_tensors(self.folder / f"synthetic-{update}.safetensors", named)
 
-    def store(self, agent: OfflineAgent, history: History, update: int, made_at: int) -> None:
+    def store(
+        self, agent: OfflineAgent, history: History, latest: Mapping[str, Tensor], update: int, made_at: int
+    ) -> None:
         tensors = agent.tensors() | {"update": torch.tensor(update), "made_at": torch.tensor(made_at)}
         for name, points in history.items():
             tensors[f"history/at/{name}"] = torch.tensor([at for at, _ in points])
             tensors[f"history/value/{name}"] = torch.stack([value for _, value in points])
+        tensors |= {f"latest/{name}": value for name, value in latest.items()}
         write_tensors(self.folder / "state.safetensors", tensors)
         for path in self.folder.glob("synthetic-*.safetensors"):  # no state refers to the others any more
             if path.name != f"synthetic-{made_at}.safetensors":

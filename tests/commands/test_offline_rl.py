@@ -84,6 +84,13 @@ def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run
     assert said.code == 2 and "a new folder is required, this exists" in said.err
 
 
+def test_small_batches_of_real_data_need_no_room_for_synthetic_rows(home, worldline: Run, tmp_path):
+    """240 rows of a batch are synthetic by default, and none where nothing is."""
+    said = worldline("offline-rl", "--data", home / "data", "--out", tmp_path / "run", "--seeds", 1, "--td3bc.hidden", 16,
+                     16, "--train.updates", 2, "--train.batch-size", 128)  # fmt: skip
+    assert said.code == 0, said.err
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -92,6 +99,8 @@ def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run
         (["--trajectory-model", "dyn"], "a trajectory-model is required here, this is a dynamics"),
         (["--trajectory-model", "traj", "--guidance.coefficient", -1.0], "coefficient of at least 0 is required"),
         (["--trajectory-model", "traj", "--guidance.coefficient", 1e12], "near the data are required"),
+        (["--trajectory-model", "traj", "--train.synthetic", 17], "synthetic between 0 and batch_size 16 required"),
+        (["--dynamics", "dyn", "--train.synthetic", 17], "synthetic between 0 and batch_size 16 required"),
         (["--seeds", 0], "trajectories and episodes of at least 1"),
     ],
 )

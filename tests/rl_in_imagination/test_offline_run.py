@@ -114,7 +114,7 @@ def test_a_run_of_two_seeds_is_two_runs() -> None:
 
 
 def test_without_a_synthesiser_all_is_real() -> None:
-    trained = run(synthesise=None)
+    trained = run(synthesise=None, config=replace(CONFIG, updates=10, synthetic=240))  # which is more than a batch has
     assert bool(trained.history["train/q"][-1][1].isfinite().all())
 
 
@@ -168,8 +168,10 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"distinct seeds, at least one, required, got \[1, 1\]"):
         run(seeds=(1, 1))
-    with pytest.raises(ValueError, match="synthetic between 0 and batch_size 256 required, got 300"):
-        OfflineConfig(synthetic=300)
+    with pytest.raises(ValueError, match="synthetic between 0 and batch_size 32 required, got 33"):
+        run(config=replace(CONFIG, synthetic=33))
+    with pytest.raises(ValueError, match="synthetic of at least 0 required, got -1"):
+        OfflineConfig(synthetic=-1)
     real = record(2, 0)
     pixels = replace(real, spec=replace(SPEC, cameras=(CameraSpec(name="top", height=8, width=8),)))
     with pytest.raises(SpecMismatch, match="without cameras"):

@@ -82,6 +82,8 @@ class OfflineRL:
             raise ValueError(
                 f"seeds, trajectories and episodes of at least 1 required, got {self.seeds}, {self.trajectories} and {self.episodes}"
             )
+        if self.trajectory_model is not None or self.dynamics is not None:
+            self.train.check_synthetic()
         if self.reach_aware and self.agent != "td3bc":
             raise ValueError(
                 "--reach-aware is of TD3+BC (--agent td3bc); IQL asks its critics of recorded actions only"

@@ -57,10 +57,15 @@ class OfflineConfig:
         for name in ("updates", "batch_size", "synthesise_every", "evaluate_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of at least 1 required, got {getattr(self, name)}")
-        if not 0 <= self.synthetic <= self.batch_size:
-            raise ValueError(f"synthetic between 0 and batch_size {self.batch_size} required, got {self.synthetic}")
+        if self.synthetic < 0:
+            raise ValueError(f"synthetic of at least 0 required, got {self.synthetic}")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature above 0 required, got {self.temperature}")
+
+    def check_synthetic(self) -> None:
+        """Raise `ValueError` where a batch has no room for its synthetic rows. Without a synthesiser there are none, so that is no matter."""
+        if self.synthetic > self.batch_size:
+            raise ValueError(f"synthetic between 0 and batch_size {self.batch_size} required, got {self.synthetic}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +97,13 @@ def train_offline(
         provenance: plain JSON of where data and synthesiser come from; kept with the policies, and compared when a run goes on.
 
     Raises `CheckpointError` if what is in `out` was made with other settings or data, `WorldlineError` for NaN in the synthetic data or a
-    loss, `SpecMismatch` for a task with cameras, `ValueError` for seeds that are none or not distinct.
+    loss, `SpecMismatch` for a task with cameras, `ValueError` for seeds that are none or not distinct, and for more synthetic rows than
+    a batch has.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"distinct seeds, at least one, required, got {list(seeds)}")
+    if synthesise is not None:
+        config.check_synthetic()
     scaling = fit_scaling(real, rewards=config.rewards)
     learner = build_agent(agent, real.spec, scaling, seeds=seeds, updates=config.updates).to(device)
     replay = Replay(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands.conftest import Run, do
+from tests.commands.conftest import Run, contents, do
 from tests.commands.test_all_verbs import results
 from tests.worldmodels.test_trajectories import SPEC, wander
 from worldline.data.minari import read_minari, write_minari
@@ -89,6 +89,32 @@ def test_small_batches_of_real_data_need_no_room_for_synthetic_rows(home, worldl
     said = worldline("offline-rl", "--data", home / "data", "--out", tmp_path / "run", "--seeds", 1, "--td3bc.hidden", 16,
                      16, "--train.updates", 2, "--train.batch-size", 128)  # fmt: skip
     assert said.code == 0, said.err
+
+
+def test_a_folder_of_something_else_is_left_as_it_was(home, worldline: Run, tmp_path):
+    """--out DATA wrote a training, policies and a report into the dataset."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    run, real = tmp_path / "run", home / "data"
+    for folder, said in ((real, "an empty or new folder is required, it holds ['data']"),
+                         (tmp_path / "notes", "it holds ['mine.txt']"),
+                         (home / "traj", "a set of policies was to be trained here, it holds a trajectory-model")):  # fmt: skip
+        before = contents(folder)
+        refused = worldline("offline-rl", "--data", real, "--out", folder, *AGENT)
+        assert refused.code == 2 and said in refused.err, refused.err
+        assert contents(folder) == before
+    assert worldline("offline-rl", "--data", real, "--out", run, *AGENT).code == 0
+    refused = worldline("train", "trajectory", "--data", real, "--out", run, "--max-steps", 3, *LOOP, *SMALL)
+    assert refused.code == 2 and "a trajectory-model was to be trained here, it holds a set of policies" in refused.err
+    (run / "training" / "run.json").write_text('{"agent": {}}')  # as versions before this one left it
+    refused = worldline("offline-rl", "--data", real, "--out", run, *AGENT)
+    assert refused.code == 2 and "it holds a run of an older worldline" in refused.err
+
+
+def test_a_run_that_fails_before_it_made_anything_leaves_no_folder(home, worldline: Run, tmp_path):
+    flags = ["--trajectory-model", home / "traj", "--guidance.coefficient", 1e12]
+    assert worldline("offline-rl", "--data", home / "data", "--out", tmp_path / "run", *AGENT, *flags).code == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_each_policy_is_published_with_what_it_was_trained_on(tmp_path: Path) ->
         assert about["seeds"] == [seed] and about["model"] == "abc" and about["reward_factor"] == 1.0
         assert about["eval/return"] == pytest.approx(float(trained.history["eval/return"][-1][1][member]))
     kept = sorted(path.name for path in (tmp_path / "training").iterdir())
-    assert kept == ["run.json", "state.safetensors", "synthetic-30.safetensors"]
+    assert kept == ["settings.json", "state.safetensors", "synthetic-30.safetensors"]
 
 
 def test_nan_stops_it_and_names_the_update(tmp_path: Path) -> None:
@@ -163,6 +163,14 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="data: required"):
             train_offline(other, TD3, CONFIG, seeds=SEEDS, synthesise=rehearse, out=tmp_path, progress=False)
     run(config=replace(CONFIG, save_every=7, log_every=3, evaluate_every=9), out=tmp_path)  # bookkeeping may change
+
+
+def test_a_run_that_does_not_say_what_it_was_made_with_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Older ones kept their settings in another file."""
+    run(out=tmp_path)
+    (tmp_path / "training" / "settings.json").rename(tmp_path / "training" / "run.json")
+    with pytest.raises(CheckpointError, match=r"settings.json: .* an older worldline left it"):
+        run(out=tmp_path)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -28,9 +28,11 @@ from worldline.rl_in_imagination.offline import (
 from worldline.rl_in_imagination.offline.run import Evaluate
 from worldline.rl_in_imagination.offline.synthesis import Synthesise, by_diffusion, by_rollout
 from worldline.sim.control import ControlTask, collect_trajectories, make_control
+from worldline.trainers.inputs import claim_output
 from worldline.trainers.trajectory import open_trajectories
 from worldline.worldmodels.trajectories import Guidance, TrajectoryDiffusion, TrajectorySolver
 
+PART = "set of policies"  # whose folder it is
 STARTS = 1_500_000_000  # seeds of the starts that judge, far from any that data is recorded with
 
 
@@ -111,6 +113,7 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
         )
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     synthesise, made_from = synthesiser(config, real.observations, seeds)
+    claim_output(config.out, PART, {}, identity=())  # what must be the same when it goes on `train_offline` knows
     found = train_offline(
         real,
         agent_config(config),

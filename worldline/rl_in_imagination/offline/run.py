@@ -213,12 +213,13 @@ def _settings(real: Trajectories, agent: AgentConfig, config: OfflineConfig, see
 
 
 class _State:
-    """A training on disk: `run.json` (its settings), `state.safetensors` and `synthetic-N.safetensors`, made at update N."""
+    """A training on disk: `settings.json`, `state.safetensors` and `synthetic-N.safetensors`, made at update N."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, dict(settings)
-        if (folder / "run.json").is_file():
-            before = read_json(folder / "run.json")
+        kept = folder / "settings.json"
+        if kept.is_file():
+            before = read_json(kept)
             changed = [
                 f"  {name}: required {before.get(name)!r}, got {value!r}"
                 for name, value in self.settings.items()
@@ -230,8 +231,13 @@ class _State:
                     + "\n".join(changed)
                     + "\nUse those, or another folder."
                 )
+        elif (folder / "state.safetensors").is_file():
+            raise CheckpointError(
+                f"{kept}: what the run in {folder.parent} was made with is required to go on with it, but there is no such file: an older "
+                "worldline left it. Use another folder."
+            )
         else:
-            write_json(folder / "run.json", self.settings)
+            write_json(kept, self.settings)
 
     def restore(
         self, agent: OfflineAgent, replay: Replay, history: History, latest: dict[str, Tensor]

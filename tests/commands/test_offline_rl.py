@@ -1,5 +1,6 @@
 """Offline RL through the command line: data in, models, policies, imagined data out; and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from tests.commands.conftest import Run, contents, do
 from tests.commands.test_all_verbs import results
 from tests.worldmodels.test_trajectories import SPEC, wander
+from worldline.commands.offline_rl import require_task
 from worldline.data.minari import read_minari, write_minari
+from worldline.errors import SpecMismatch
 from worldline.policies import load_policy
 from worldline.policies.states import StatePolicy
 from worldline.sim.control import collect_trajectories, make_control
@@ -61,8 +64,41 @@ def test_policies_are_judged_in_the_simulator_and_a_run_goes_on(worldline: Run, 
     assert worldline(*command).code == 0 and results(tmp_path / "run", videos=False) == first
     said = worldline(*command, "--td3bc.alpha", 1.0)
     assert said.code == 2 and "holds a run with other settings" in said.err
-    said = worldline("offline-rl", "--data", tmp_path / "maze", "--task", "hopper", "--out", tmp_path / "other", *AGENT)
-    assert said.code == 2 and "--task hopper: data of this task required (11 numbers seen, 3 sent)" in said.err
+    for flags, was in ((["--episodes", 2], "episodes: required 1, got 2"),
+                       (["--task", "None"], "task: required 'pointmaze/umaze', got None")):  # fmt: skip
+        said = worldline(*command, *flags)
+        assert said.code == 2 and was in said.err, said.err  # or old returns were reported as new ones
+    assert results(tmp_path / "run", videos=False) == first
+    other = ["offline-rl", "--data", tmp_path / "maze", "--out", tmp_path / "other", *AGENT, "--task"]
+    said = worldline(*other, "hopper")
+    assert said.code == 2 and "--task hopper: data of this task are required" in said.err
+    assert (
+        "observation: required 11 numbers" in said.err
+        and "action.low: required [-1.0, -1.0, -1.0], got [-1.0, -1.0]" in said.err
+    )
+    said = worldline(*other, "pointmaze/medium")  # which has the same numbers
+    assert said.code == 2 and "environment: required 'pointmaze/medium', got 'pointmaze/umaze'" in said.err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("embodiment", "refused"), [("hopper", False), ("Hopper-v4", False), ("my-robot", False), ("HalfCheetah-v5", True)]
+)
+def test_only_data_that_say_they_are_another_task_s_are_refused(embodiment, refused):
+    task = make_control("hopper")
+    spec = replace(task.spec, action=replace(task.spec.action, embodiment=embodiment))
+    if refused:
+        with pytest.raises(SpecMismatch, match="environment: required 'hopper', got 'HalfCheetah-v5'"):
+            require_task(spec, task)
+    else:
+        require_task(spec, task)
+
+
+def test_data_whose_actions_have_another_range_are_refused():
+    task = make_control("hopper")
+    spec = replace(task.spec, action=replace(task.spec.action, high=(1.0, 1.0, 2.0)))
+    with pytest.raises(SpecMismatch, match=r"action.high: required \[1.0, 1.0, 1.0\], got \[1.0, 1.0, 2.0\]"):
+        require_task(spec, task)
 
 
 def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run, tmp_path):

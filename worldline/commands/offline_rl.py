@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
-from worldline.errors import WorldlineError
+from worldline.errors import SpecMismatch
 from worldline.eval import Report
 from worldline.eval.plots import curve_bands
 from worldline.policies.states import StatePolicies
@@ -28,8 +29,10 @@ from worldline.rl_in_imagination.offline import (
 from worldline.rl_in_imagination.offline.run import Evaluate
 from worldline.rl_in_imagination.offline.synthesis import Synthesise, by_diffusion, by_rollout
 from worldline.sim.control import ControlTask, collect_trajectories, make_control
+from worldline.sim.environments import differ
 from worldline.trainers.inputs import claim_output
 from worldline.trainers.trajectory import open_trajectories
+from worldline.types import WorldSpec
 from worldline.worldmodels.trajectories import Guidance, TrajectoryDiffusion, TrajectorySolver
 
 PART = "set of policies"  # whose folder it is
@@ -49,7 +52,7 @@ class OfflineRL:
     data: tuple[str, ...]
     """Minari datasets: folders, or ids that Minari has on this machine. Vectors only."""
     out: Path
-    """Folder: a policy a seed, and report.html. A run that was interrupted goes on there."""
+    """Folder: a policy a seed, and report.html. A run that was interrupted goes on there, under the same --task and --episodes."""
     agent: Literal["td3bc", "iql"] = "td3bc"
     trajectory_model: Path | None = None
     """Made by `worldline train trajectory`."""
@@ -103,14 +106,8 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
     """Train, judge, report; returns the folder. Raises `SpecMismatch` where data, models and task are of different tasks."""
     real = open_trajectories(config.data)
     task = make_control(config.task) if config.task else None
-    if task is not None and (task.spec.pose_names, task.spec.action.dim) != (
-        real.spec.pose_names,
-        real.spec.action.dim,
-    ):
-        raise WorldlineError(
-            f"--task {config.task}: data of this task required ({len(task.spec.pose_names)} numbers seen, {task.spec.action.dim} sent), "
-            f"got data of {real.spec.action.embodiment} ({len(real.spec.pose_names)} and {real.spec.action.dim})"
-        )
+    if task is not None:
+        require_task(real.spec, task)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     synthesise, made_from = synthesiser(config, real.observations, seeds)
     claim_output(config.out, PART, {}, identity=())  # what must be the same when it goes on `train_offline` knows
@@ -122,12 +119,40 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
         synthesise=synthesise,
         evaluate=None if task is None else judge(task, config.episodes),
         out=config.out,
-        provenance=made_from,
+        provenance=judged_by(config) | made_from,
         device="cuda" if torch.cuda.is_available() else "cpu",
         progress=progress,
     )
     _report(config, found, made_from)
     return config.out
+
+
+def require_task(spec: WorldSpec, task: ControlTask) -> None:
+    """Raise `SpecMismatch` unless data of this spec can be the task's: as many numbers, of the same names and range, and no other environment
+    that they say they are of."""
+    lines, got, want = [], spec.action, task.spec.action
+    if differ(got.embodiment, want.embodiment):
+        lines.append(f"  environment: required {want.embodiment!r}, got {got.embodiment!r}")
+    if spec.pose_names != (names := task.spec.pose_names):
+        lines.append(
+            f"  observation: required {len(names)} numbers {list(names)}, got {len(spec.pose_names)} {list(spec.pose_names)}"
+        )
+    lines += [
+        f"  action.{name}: required {list(ours)}, got {list(theirs)}"
+        for name in ("low", "high")
+        if len(ours := getattr(want, name)) != len(theirs := getattr(got, name)) or not np.allclose(ours, theirs)
+    ]
+    if lines:
+        raise SpecMismatch(
+            f"--task {task.name}: data of this task are required:\n"
+            + "\n".join(lines)
+            + "\nName the task that they were recorded in."
+        )
+
+
+def judged_by(config: OfflineRL) -> dict[str, Any]:
+    """Who says what the policies are worth: returns of other tasks or fewer episodes are not the same curve's."""
+    return {"task": config.task, "episodes": config.episodes if config.task else None}
 
 
 def agent_config(config: OfflineRL) -> AgentConfig:

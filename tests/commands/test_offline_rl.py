@@ -9,12 +9,15 @@ import torch
 from tests.commands.conftest import Run, contents, do
 from tests.commands.test_all_verbs import results
 from tests.worldmodels.test_trajectories import SPEC, wander
+from worldline.checkpoint import to_json
 from worldline.commands.offline_rl import require_task
+from worldline.commands.sampling import SolverFlags
 from worldline.data.minari import read_minari, write_minari
 from worldline.errors import SpecMismatch
 from worldline.policies import load_policy
 from worldline.policies.states import StatePolicy
 from worldline.sim.control import collect_trajectories, make_control
+from worldline.worldmodels.trajectories import TrajectorySolver
 
 LOOP = ["--loop.batch-size", 8, "--loop.warmup", 1]
 SMALL = ["--model.length", 8, "--model.width", 16, "--model.depth", 2, "--model.solver.steps", 3]
@@ -118,6 +121,34 @@ def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run
     assert free.code == 0 and "score" not in read_minari(tmp_path / "free").provenance[0]
     said = worldline(*make, "--out", tmp_path / "free")
     assert said.code == 2 and "a new folder is required, this exists" in said.err
+
+
+def test_the_solver_is_the_checkpoint_s_but_for_what_is_said(home, worldline: Run, tmp_path):
+    """--solver.steps could be given to neither verb: a solver that is None by default has no flags."""
+    for verb in ("offline-rl", "synthesize"):
+        told = [verb, "--trajectory-model", home / "traj", "--help"]
+        assert "--solver.steps" in worldline(*told).out, verb
+    flags = ["--trajectory-model", home / "traj", "--guidance.coefficient", 0.0, "--solver.steps", 8]
+    said = worldline(
+        "offline-rl", "--data", home / "data", "--out", tmp_path / "run", *AGENT, *flags, "--solver.heun", True
+    )
+    assert said.code == 0, said.err
+    used = results(tmp_path / "run", videos=False)["made_from"]["solver"]
+    assert used == to_json(TrajectorySolver(steps=8, heun=True))
+    for name, more in (("own", []), ("same", ["--solver.steps", 3]), ("other", ["--solver.steps", 8])):
+        said = worldline(
+            "synthesize", "--trajectory-model", home / "traj", "--trajectories", 3, "--out", tmp_path / name, *more
+        )
+        assert said.code == 0, said.err
+    own, same, other = (read_minari(tmp_path / name).actions for name in ("own", "same", "other"))
+    assert torch.equal(own, same) and not torch.equal(own, other[: len(own)]), "the checkpoint's own has 3 steps"
+    said = worldline("offline-rl", "--data", home / "data", "--out", tmp_path / "none", *flags[:2], "--solver.steps", 0)
+    assert said.code == 2 and "steps of at least 1" in said.err
+
+
+def test_a_checkpoint_s_solver_keeps_what_no_flag_names():
+    own = TrajectorySolver(steps=7, heun=True, inflate=1.01)
+    assert SolverFlags(churn=5.0).instead_of(own) == replace(own, churn=5.0) and SolverFlags().instead_of(own) == own
 
 
 def test_small_batches_of_real_data_need_no_room_for_synthetic_rows(home, worldline: Run, tmp_path):

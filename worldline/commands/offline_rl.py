@@ -12,6 +12,7 @@ from torch import Tensor
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
+from worldline.commands.sampling import SolverFlags, load_trajectory_model
 from worldline.errors import SpecMismatch
 from worldline.eval import Report
 from worldline.eval.plots import curve_bands
@@ -33,7 +34,7 @@ from worldline.sim.environments import differ
 from worldline.trainers.inputs import claim_output
 from worldline.trainers.trajectory import open_trajectories
 from worldline.types import WorldSpec
-from worldline.worldmodels.trajectories import Guidance, TrajectoryDiffusion, TrajectorySolver
+from worldline.worldmodels.trajectories import Guidance
 
 PART = "set of policies"  # whose folder it is
 STARTS = 1_500_000_000  # seeds of the starts that judge, far from any that data is recorded with
@@ -61,8 +62,7 @@ class OfflineRL:
     rollout_steps: int = 32
     """Steps of a rollout in --dynamics; that many less one become transitions."""
     guidance: Guidance = field(default_factory=Guidance)
-    solver: TrajectorySolver | None = None
-    """How trajectories are denoised; by default as the model was trained to be."""
+    solver: SolverFlags = field(default_factory=SolverFlags)
     trajectories: int = 1024
     """Imagined for each seed, each time."""
     seeds: int = 8
@@ -165,9 +165,7 @@ def agent_config(config: OfflineRL) -> AgentConfig:
 def synthesiser(config: OfflineRL, starts: Tensor, seeds: range) -> tuple[Synthesise | None, dict[str, Any]]:
     """What makes synthetic data, and what is to be remembered of it."""
     if config.trajectory_model is not None:
-        model = TrajectoryDiffusion.from_pretrained(config.trajectory_model)
-        if config.solver is not None:
-            model = model.with_solver(config.solver)
+        model = load_trajectory_model(config.trajectory_model, config.solver)
         guidance = config.guidance if config.guidance.coefficient > 0 else None
         made_from = {
             "trajectory_model": weights_of(config.trajectory_model),

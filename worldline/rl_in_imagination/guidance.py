@@ -34,8 +34,8 @@ def policy_score(policy: Policy, spec: WorldSpec) -> ScoreFunction:
     slope = chunk_score(policy)
 
     def score(observations: Float[Tensor, "n t o"], actions: Float[Tensor, "n t a"]) -> Float[Tensor, "n t a"]:
-        found = slope(low_dimensional(observations.flatten(0, 1)), actions.flatten(0, 1)[:, None])
-        return found[:, 0].unflatten(0, observations.shape[:2])
+        seen, sent = (x.flatten(0, 1).cpu() for x in (observations, actions))  # a policy need not be where the model is
+        return slope(low_dimensional(seen), sent[:, None])[:, 0].unflatten(0, observations.shape[:2]).to(actions)
 
     return score
 

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +12,10 @@ from tests.commands.conftest import Run, contents, do
 from tests.commands.test_all_verbs import results
 from tests.worldmodels.test_trajectories import SPEC, wander
 from worldline.checkpoint import to_json
-from worldline.commands.offline_rl import require_task
+from worldline.commands.offline_rl import STARTS, require_task
 from worldline.commands.sampling import SolverFlags
 from worldline.data.minari import read_minari, write_minari
+from worldline.data.trajectories import control_spec, low_dimensional
 from worldline.errors import SpecMismatch
 from worldline.policies import load_policy
 from worldline.policies.states import StatePolicy
@@ -121,6 +124,77 @@ def test_synthesized_trajectories_are_a_dataset_with_scores(home, worldline: Run
     assert free.code == 0 and "score" not in read_minari(tmp_path / "free").provenance[0]
     said = worldline(*make, "--out", tmp_path / "free")
     assert said.code == 2 and "a new folder is required, this exists" in said.err
+
+
+def test_data_of_others_are_judged_by_the_task_whose_numbers_they_hold(worldline: Run, tmp_path):
+    """Their numbers have no names: policies take the task's, and a model of trajectories that learned from them goes on fitting."""
+    task, others = make_control("hopper"), control_spec("Hopper-v4", 11, [-1.0] * 3, [1.0] * 3, rate_hz=1.0)
+    draw = torch.Generator().manual_seed(0)
+    data = collect_trajectories(
+        task, lambda seen: torch.rand(len(seen), 3, generator=draw) * 2 - 1, episodes=12, seed=5
+    )
+    write_minari(replace(data, spec=others), tmp_path / "hopper")
+    learned = ["--data", tmp_path / "hopper", "--max-steps", 3, *LOOP]
+    do("train", "trajectory", "--out", tmp_path / "traj", *learned, *SMALL)
+    do("train", "dynamics", "--out", tmp_path / "dyn", *learned, "--model.hidden", 16)
+    for name, source in (
+        ("guided", ["--trajectory-model", tmp_path / "traj"]),
+        ("steps", ["--dynamics", tmp_path / "dyn"]),
+    ):
+        said = worldline("offline-rl", "--data", tmp_path / "hopper", "--task", "hopper", "--episodes", 1, "--out",
+                         tmp_path / name, *source, *AGENT)  # fmt: skip
+        assert said.code == 0, said.err
+    assert len(results(tmp_path / "guided", videos=False)["returns"]) == 3
+    assert load_policy(str(tmp_path / "guided" / "seed-0"), spec=task.spec).spec == task.spec
+    said = worldline("synthesize", "--trajectory-model", tmp_path / "traj", "--policy", tmp_path / "guided" / "seed-0",
+                     "--trajectories", 3, "--out", tmp_path / "made")  # fmt: skip
+    assert said.code == 0, said.err
+    write_minari(
+        replace(data, spec=replace(others, action=replace(others.action, embodiment="Walker2d-v5"))), tmp_path / "w"
+    )
+    said = worldline("offline-rl", "--data", tmp_path / "w", "--task", "hopper", "--out", tmp_path / "no", *AGENT)
+    assert said.code == 2 and "environment: required 'hopper', got 'Walker2d-v5'" in said.err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_gymnasium_environment_judges(worldline: Run, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A dataset that Minari recorded in Pendulum, by Pendulum's own rewards."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "storage"))
+    env, rng, steps = gymnasium.make("Pendulum-v1"), np.random.default_rng(0), 40
+    seen, acted, earned = [env.reset(seed=0)[0]], rng.uniform(-2, 2, (steps, 1)).astype(np.float32), []
+    for action in acted:
+        after, reward, *_ = env.step(action)
+        seen.append(after)
+        earned.append(reward)
+    flags = [False] * steps
+    whole = EpisodeBuffer(
+        observations=np.stack(seen), actions=acted, rewards=earned, terminations=flags, truncations=flags
+    )
+    minari.create_dataset_from_buffers("them/pendulum-v0", [whole], env="Pendulum-v1")
+    run = ["offline-rl", "--data", "them/pendulum-v0", "--out", tmp_path / "run", "--episodes", 2, *AGENT, "--task"]
+    said = worldline(*run, "gym/Pendulum-v1")
+    assert said.code == 0, said.err
+    last = results(tmp_path / "run", videos=False)["returns"][-1]
+    policies = [load_policy(str(tmp_path / "run" / f"seed-{seed}"), spec=SPEC) for seed in (0, 1)]
+    assert policies[0].spec.action.embodiment == "Pendulum-v1"
+    for policy, told in zip(policies, last["by_seed"]):
+        env, total = gymnasium.make("Pendulum-v1"), 0.0
+        for seed in (STARTS, STARTS + 1):
+            now, over = env.reset(seed=seed)[0], False
+            while not over:
+                action, _ = policy.act(
+                    low_dimensional(torch.tensor(now)[None]), policy.reset(1), seeds=torch.zeros(1, dtype=int)
+                )
+                now, reward, terminated, truncated, _ = env.step(action[0, 0].numpy())
+                total, over = total + float(reward) / 2, terminated or truncated
+        assert told == pytest.approx(total, rel=1e-3)
+    said = worldline(*run, "gym/MountainCarContinuous-v0")
+    assert said.code == 2 and "environment: required 'MountainCarContinuous-v0', got 'Pendulum-v1'" in said.err
+    said = worldline(*run, "pendulum")
+    assert said.code == 2 and "gym/ID names any Gymnasium environment" in said.err
 
 
 def test_the_solver_is_the_checkpoint_s_but_for_what_is_said(home, worldline: Run, tmp_path):

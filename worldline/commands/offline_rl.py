@@ -1,7 +1,7 @@
 """Verb `offline-rl`: agents of several seeds on recorded data, on trajectories imagined for the policy being trained, or on both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
 from worldline.commands.sampling import SolverFlags, load_trajectory_model
+from worldline.data.trajectories import unnamed
 from worldline.errors import SpecMismatch
 from worldline.eval import Report
 from worldline.eval.plots import curve_bands
@@ -74,7 +75,8 @@ class OfflineRL:
     ever taught (Reach-Aware Value Learning)."""
     train: OfflineConfig = field(default_factory=lambda: OfflineConfig(updates=50_000))
     task: str | None = None
-    """Simulator that judges the policies: pointmaze/umaze, pointmaze/medium, hopper or halfcheetah."""
+    """Simulator that judges the policies: pointmaze/umaze, pointmaze/medium, hopper, halfcheetah, or gym/ID of any Gymnasium environment of
+    vectors, by its own rewards. Datasets of others, whose numbers have no names, take the task's."""
     episodes: int = 10
     """In the simulator, a seed and evaluation."""
 
@@ -108,6 +110,7 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
     task = make_control(config.task) if config.task else None
     if task is not None:
         require_task(real.spec, task)
+        real = replace(real, spec=task.spec) if unnamed(real.spec) else real
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     synthesise, made_from = synthesiser(config, real.observations, seeds)
     claim_output(config.out, PART, {}, identity=())  # what must be the same when it goes on `train_offline` knows
@@ -128,12 +131,13 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
 
 
 def require_task(spec: WorldSpec, task: ControlTask) -> None:
-    """Raise `SpecMismatch` unless data of this spec can be the task's: as many numbers, of the same names and range, and no other environment
-    that they say they are of."""
+    """Raise `SpecMismatch` unless data of this spec can be the task's: as many numbers, of the same names (where both have some), actions of
+    the same range, and no other environment that they say they are of."""
     lines, got, want = [], spec.action, task.spec.action
     if differ(got.embodiment, want.embodiment):
         lines.append(f"  environment: required {want.embodiment!r}, got {got.embodiment!r}")
-    if spec.pose_names != (names := task.spec.pose_names):
+    names, unsaid = task.spec.pose_names, unnamed(spec) or unnamed(task.spec)
+    if len(spec.pose_names) != len(names) or (spec.pose_names != names and not unsaid):
         lines.append(
             f"  observation: required {len(names)} numbers {list(names)}, got {len(spec.pose_names)} {list(spec.pose_names)}"
         )

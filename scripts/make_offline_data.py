@@ -86,9 +86,11 @@ class Training:
         self.task, self.home = task, config.out / f"{folder_name(task.name)}-sac"
         self.level = LEVELS[task.name] if config.level is None else config.level
         self.budget, self.history = config.budget, []  # history: [steps, mean return] of each judgement
-        kept = sorted(self.home.glob("at-*"), key=lambda folder: int(folder.name.removeprefix("at-")))
+        kept = sorted(self.home.glob("at-*"), key=steps_of)
         if kept:
-            self.agent = SAC.load(kept[-1] / "agent.zip", env=task.make_env(), device="cpu")
+            # room for all of this run: the budget may have been raised, and what was kept has only room for the old one
+            room = {"buffer_size": max(config.budget, steps_of(kept[-1])) + 1}
+            self.agent = SAC.load(kept[-1] / "agent.zip", env=task.make_env(), device="cpu", custom_objects=room)
             self.history = json.loads((kept[-1] / "history.json").read_text())
             self._restore(np.load(kept[-1] / "replay.npz"))
             return
@@ -159,15 +161,28 @@ class Training:
     def _numbers(self) -> dict[str, Any]:
         """Arrays of all steps so far, the oldest first."""
         buffer: Any = self.agent.replay_buffer
+        assert not buffer.full, (
+            f"a replay buffer with room for all {self.agent.num_timesteps} steps required, got one of {buffer.buffer_size} that has "
+            "wrapped: its first steps are lost"
+        )
         names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
         numbers = {name: getattr(buffer, name)[: buffer.pos, 0] for name in names}
         return numbers | {name: numbers[name].astype(bool) for name in ("dones", "timeouts")}
 
     def _restore(self, numbers: Any) -> None:
         buffer: Any = self.agent.replay_buffer
+        assert len(numbers["rewards"]) == self.agent.num_timesteps, (
+            f"all {self.agent.num_timesteps} steps of the training required in {self.home}, got {len(numbers['rewards'])}: the replay buffer "
+            "had wrapped. Delete that folder and train again."
+        )
         for name in numbers.files:
             getattr(buffer, name)[: len(numbers[name]), 0] = numbers[name]
         buffer.pos = len(numbers["rewards"])
+
+
+def steps_of(kept: Path) -> int:
+    """After how many environment steps a folder was kept."""
+    return int(kept.name.removeprefix("at-"))
 
 
 def medium(training: Training, config: MakeOfflineData) -> Trajectories:

@@ -16,7 +16,7 @@ OUT/guidance.png. What takes hours here is deepened on a bigger machine with the
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from stages import kept, together, train
 
 from worldline.commands.offline_rl import OfflineRL, run_offline_rl
 from worldline.commands.rollouts import weights_of
+from worldline.commands.sampling import SolverFlags
 from worldline.data.trajectories import Trajectories
 from worldline.eval.trajectories import (
     Values,
@@ -131,7 +132,7 @@ def trained(
         dynamics=stepwise if arm == "autoregressive" else None,
         rollout_steps=config.model.length,
         guidance=Guidance(coefficient=coefficient if coefficient is not None and arm == "guided" else 0.0),
-        solver=config.solver,
+        solver=SolverFlags(**asdict(config.solver)),
         trajectories=config.trajectories,
         seeds=config.seeds,
         td3bc=TD3BCConfig(hidden=hidden),

@@ -81,6 +81,16 @@ def test_a_killed_run_goes_on_bit_for_bit(agent: AgentConfig, when: int, tmp_pat
     same(run(agent, out=tmp_path), whole)  # and once finished, it is there
 
 
+def test_no_point_of_a_curve_is_missing_where_a_run_goes_on_between_two(tmp_path: Path) -> None:
+    """Saved at 9, noted at 10: the policy learns in every second update, and had learned last in the one before the save."""
+    config = replace(CONFIG, save_every=9, log_every=10)
+    whole = run(config=config)
+    assert [at for at, _ in whole.history["train/policy_loss"]] == [10, 20, 30, 40]
+    with pytest.raises(Killed):
+        run(config=config, out=tmp_path, evaluate=killed_at(10))
+    same(run(config=config, out=tmp_path), whole)
+
+
 def test_data_is_made_anew_from_the_policies_as_they_are() -> None:
     asked: list[tuple[int, Tensor]] = []
 
@@ -104,7 +114,7 @@ def test_a_run_of_two_seeds_is_two_runs() -> None:
 
 
 def test_without_a_synthesiser_all_is_real() -> None:
-    trained = run(synthesise=None)
+    trained = run(synthesise=None, config=replace(CONFIG, updates=10, synthetic=240))  # which is more than a batch has
     assert bool(trained.history["train/q"][-1][1].isfinite().all())
 
 
@@ -119,7 +129,7 @@ def test_each_policy_is_published_with_what_it_was_trained_on(tmp_path: Path) ->
         assert about["seeds"] == [seed] and about["model"] == "abc" and about["reward_factor"] == 1.0
         assert about["eval/return"] == pytest.approx(float(trained.history["eval/return"][-1][1][member]))
     kept = sorted(path.name for path in (tmp_path / "training").iterdir())
-    assert kept == ["run.json", "state.safetensors", "synthetic-30.safetensors"]
+    assert kept == ["settings.json", "state.safetensors", "synthetic-30.safetensors"]
 
 
 def test_nan_stops_it_and_names_the_update(tmp_path: Path) -> None:
@@ -147,16 +157,29 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         run(replace(TD3, alpha=1.0), out=tmp_path)
     with pytest.raises(CheckpointError, match=r"seeds: required \[4, 11\], got \[4, 12\]"):
         run(seeds=(4, 12), out=tmp_path)
-    with pytest.raises(CheckpointError, match="data: required"):
-        train_offline(record(10, 1), TD3, CONFIG, seeds=SEEDS, synthesise=rehearse, out=tmp_path, progress=False)
+    real = record(10, 0)
+    others = (record(10, 1), replace(real, next_observations=real.next_observations + 0.1))
+    for other in others:
+        with pytest.raises(CheckpointError, match="data: required"):
+            train_offline(other, TD3, CONFIG, seeds=SEEDS, synthesise=rehearse, out=tmp_path, progress=False)
     run(config=replace(CONFIG, save_every=7, log_every=3, evaluate_every=9), out=tmp_path)  # bookkeeping may change
+
+
+def test_a_run_that_does_not_say_what_it_was_made_with_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Older ones kept their settings in another file."""
+    run(out=tmp_path)
+    (tmp_path / "training" / "settings.json").rename(tmp_path / "training" / "run.json")
+    with pytest.raises(CheckpointError, match=r"settings.json: .* an older worldline left it"):
+        run(out=tmp_path)
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"distinct seeds, at least one, required, got \[1, 1\]"):
         run(seeds=(1, 1))
-    with pytest.raises(ValueError, match="synthetic between 0 and batch_size 256 required, got 300"):
-        OfflineConfig(synthetic=300)
+    with pytest.raises(ValueError, match="synthetic between 0 and batch_size 32 required, got 33"):
+        run(config=replace(CONFIG, synthetic=33))
+    with pytest.raises(ValueError, match="synthetic of at least 0 required, got -1"):
+        OfflineConfig(synthetic=-1)
     real = record(2, 0)
     pixels = replace(real, spec=replace(SPEC, cameras=(CameraSpec(name="top", height=8, width=8),)))
     with pytest.raises(SpecMismatch, match="without cameras"):

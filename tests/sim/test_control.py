@@ -187,6 +187,71 @@ def test_a_state_at_which_the_simulator_gives_up_is_refused_and_forgotten(
     assert 1.0 < after[0, 0] < 1.006
 
 
+class Count(gymnasium.Env):
+    """Counts up from 0 or 10 and pays the action; from 0 the episode ends at 3, from 10 it is cut off at 15, by the environment itself."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gymnasium.spaces.Box(-0.5, 0.5, (1,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.count = 10.0 * float(self.np_random.integers(2))
+        return np.array([self.count]), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.count += 1
+        return np.array([self.count]), float(action[0]), self.count == 3, self.count == 15, {}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gymnasium.envs.registration.registry", dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    gymnasium.register("Count-v0", Count, max_episode_steps=100)
+    gymnasium.register("Endless-v0", Count)
+
+
+def test_any_gymnasium_environment_of_vectors_is_a_task_with_its_own_rewards_and_ends(registered: None) -> None:
+    task = make_control("gym/Count-v0")
+    assert (
+        task.spec.pose_names == ("o0",)
+        and task.spec.action.high == (0.5,)
+        and task.spec.action.embodiment == "Count-v0"
+    )
+    data = collect_trajectories(task, lambda seen: torch.full((len(seen), 1), 0.25), episodes=12, seed=3)
+    firsts = data.observations[data.starts, 0]
+    assert set(firsts.tolist()) == {0.0, 10.0}
+    assert torch.equal(data.lengths, torch.where(firsts == 0, 3, 5))
+    assert torch.equal(data.terminated[data.last], firsts == 0), "what is cut off is not terminated"
+    assert torch.equal(data.returns, 0.25 * data.lengths)
+    again, _ = evaluate_returns(task, lambda seen: torch.full((len(seen), 1), 7.0), episodes=12, seed=3)
+    assert torch.equal(again, 0.5 * data.lengths), (
+        "environments used again begin where their seeds say, actions are clipped"
+    )
+    env = task.make_env()
+    assert [float(env.reset(seed=3 + i)[0][0]) for i in range(12)] == firsts.tolist()
+
+
+def test_the_clock_of_a_gymnasium_environment_is_its_own() -> None:
+    data = collect_trajectories(
+        make_control("gym/Pendulum-v1"), lambda seen: torch.zeros(len(seen), 1), episodes=1, seed=0
+    )
+    assert data.lengths.tolist() == [200] and not data.terminated.any() and data.spec.action.low == (-2.0,)
+
+
+def test_gymnasium_environments_that_are_no_tasks_are_refused(registered: None) -> None:
+    for name, said in (
+        ("Pendulm-v1", r"unknown Gymnasium environment 'Pendulm-v1'; did you mean .*Pendulum-v1"),
+        ("CartPole-v1", r"gym/CartPole-v1: an action space that is a Box of one axis is required .* got Discrete\(2\)"),
+        ("Endless-v0", r"gym/Endless-v0: an environment with a time limit is required"),
+        ("no_such_package:Thing-v0", r"gym/no_such_package:Thing-v0 could not be made: No module named"),
+    ):
+        with pytest.raises(SimulatorError, match=said):
+            make_control(f"gym/{name}")
+    with pytest.raises(SimulatorError, match=r"can be set to any state .*, got gym/Count-v0"):
+        make_control("gym/Count-v0").step_from(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_control("pointmaze/umaze")
     monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)

@@ -1,17 +1,20 @@
 """Verb `offline-rl`: agents of several seeds on recorded data, on trajectories imagined for the policy being trained, or on both."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
-from worldline.errors import WorldlineError
+from worldline.commands.sampling import SolverFlags, load_trajectory_model
+from worldline.data.trajectories import unnamed
+from worldline.errors import SpecMismatch
 from worldline.eval import Report
 from worldline.eval.plots import curve_bands
 from worldline.policies.states import StatePolicies
@@ -28,9 +31,13 @@ from worldline.rl_in_imagination.offline import (
 from worldline.rl_in_imagination.offline.run import Evaluate
 from worldline.rl_in_imagination.offline.synthesis import Synthesise, by_diffusion, by_rollout
 from worldline.sim.control import ControlTask, collect_trajectories, make_control
+from worldline.sim.environments import differ
+from worldline.trainers.inputs import claim_output
 from worldline.trainers.trajectory import open_trajectories
-from worldline.worldmodels.trajectories import Guidance, TrajectoryDiffusion, TrajectorySolver
+from worldline.types import WorldSpec
+from worldline.worldmodels.trajectories import Guidance
 
+PART = "set of policies"  # whose folder it is
 STARTS = 1_500_000_000  # seeds of the starts that judge, far from any that data is recorded with
 
 
@@ -47,7 +54,7 @@ class OfflineRL:
     data: tuple[str, ...]
     """Minari datasets: folders, or ids that Minari has on this machine. Vectors only."""
     out: Path
-    """Folder: a policy a seed, and report.html. A run that was interrupted goes on there."""
+    """Folder: a policy a seed, and report.html. A run that was interrupted goes on there, under the same --task and --episodes."""
     agent: Literal["td3bc", "iql"] = "td3bc"
     trajectory_model: Path | None = None
     """Made by `worldline train trajectory`."""
@@ -56,8 +63,7 @@ class OfflineRL:
     rollout_steps: int = 32
     """Steps of a rollout in --dynamics; that many less one become transitions."""
     guidance: Guidance = field(default_factory=Guidance)
-    solver: TrajectorySolver | None = None
-    """How trajectories are denoised; by default as the model was trained to be."""
+    solver: SolverFlags = field(default_factory=SolverFlags)
     trajectories: int = 1024
     """Imagined for each seed, each time."""
     seeds: int = 8
@@ -69,7 +75,8 @@ class OfflineRL:
     ever taught (Reach-Aware Value Learning)."""
     train: OfflineConfig = field(default_factory=lambda: OfflineConfig(updates=50_000))
     task: str | None = None
-    """Simulator that judges the policies: pointmaze/umaze, pointmaze/medium, hopper or halfcheetah."""
+    """Simulator that judges the policies: pointmaze/umaze, pointmaze/medium, hopper, halfcheetah, or gym/ID of any Gymnasium environment of
+    vectors, by its own rewards. Datasets of others, whose numbers have no names, take the task's."""
     episodes: int = 10
     """In the simulator, a seed and evaluation."""
 
@@ -82,6 +89,8 @@ class OfflineRL:
             raise ValueError(
                 f"seeds, trajectories and episodes of at least 1 required, got {self.seeds}, {self.trajectories} and {self.episodes}"
             )
+        if self.trajectory_model is not None or self.dynamics is not None:
+            self.train.check_synthetic()
         if self.reach_aware and self.agent != "td3bc":
             raise ValueError(
                 "--reach-aware is of TD3+BC (--agent td3bc); IQL asks its critics of recorded actions only"
@@ -99,16 +108,12 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
     """Train, judge, report; returns the folder. Raises `SpecMismatch` where data, models and task are of different tasks."""
     real = open_trajectories(config.data)
     task = make_control(config.task) if config.task else None
-    if task is not None and (task.spec.pose_names, task.spec.action.dim) != (
-        real.spec.pose_names,
-        real.spec.action.dim,
-    ):
-        raise WorldlineError(
-            f"--task {config.task}: data of this task required ({len(task.spec.pose_names)} numbers seen, {task.spec.action.dim} sent), "
-            f"got data of {real.spec.action.embodiment} ({len(real.spec.pose_names)} and {real.spec.action.dim})"
-        )
+    if task is not None:
+        require_task(real.spec, task)
+        real = replace(real, spec=task.spec) if unnamed(real.spec) else real
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     synthesise, made_from = synthesiser(config, real.observations, seeds)
+    claim_output(config.out, PART, {}, identity=())  # what must be the same when it goes on `train_offline` knows
     found = train_offline(
         real,
         agent_config(config),
@@ -117,12 +122,41 @@ def run_offline_rl(config: OfflineRL, *, progress: bool = True) -> Path:
         synthesise=synthesise,
         evaluate=None if task is None else judge(task, config.episodes),
         out=config.out,
-        provenance=made_from,
+        provenance=judged_by(config) | made_from,
         device="cuda" if torch.cuda.is_available() else "cpu",
         progress=progress,
     )
     _report(config, found, made_from)
     return config.out
+
+
+def require_task(spec: WorldSpec, task: ControlTask) -> None:
+    """Raise `SpecMismatch` unless data of this spec can be the task's: as many numbers, of the same names (where both have some), actions of
+    the same range, and no other environment that they say they are of."""
+    lines, got, want = [], spec.action, task.spec.action
+    if differ(got.embodiment, want.embodiment):
+        lines.append(f"  environment: required {want.embodiment!r}, got {got.embodiment!r}")
+    names, unsaid = task.spec.pose_names, unnamed(spec) or unnamed(task.spec)
+    if len(spec.pose_names) != len(names) or (spec.pose_names != names and not unsaid):
+        lines.append(
+            f"  observation: required {len(names)} numbers {list(names)}, got {len(spec.pose_names)} {list(spec.pose_names)}"
+        )
+    lines += [
+        f"  action.{name}: required {list(ours)}, got {list(theirs)}"
+        for name in ("low", "high")
+        if len(ours := getattr(want, name)) != len(theirs := getattr(got, name)) or not np.allclose(ours, theirs)
+    ]
+    if lines:
+        raise SpecMismatch(
+            f"--task {task.name}: data of this task are required:\n"
+            + "\n".join(lines)
+            + "\nName the task that they were recorded in."
+        )
+
+
+def judged_by(config: OfflineRL) -> dict[str, Any]:
+    """Who says what the policies are worth: returns of other tasks or fewer episodes are not the same curve's."""
+    return {"task": config.task, "episodes": config.episodes if config.task else None}
 
 
 def agent_config(config: OfflineRL) -> AgentConfig:
@@ -135,9 +169,7 @@ def agent_config(config: OfflineRL) -> AgentConfig:
 def synthesiser(config: OfflineRL, starts: Tensor, seeds: range) -> tuple[Synthesise | None, dict[str, Any]]:
     """What makes synthetic data, and what is to be remembered of it."""
     if config.trajectory_model is not None:
-        model = TrajectoryDiffusion.from_pretrained(config.trajectory_model)
-        if config.solver is not None:
-            model = model.with_solver(config.solver)
+        model = load_trajectory_model(config.trajectory_model, config.solver)
         guidance = config.guidance if config.guidance.coefficient > 0 else None
         made_from = {
             "trajectory_model": weights_of(config.trajectory_model),

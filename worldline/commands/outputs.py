@@ -10,7 +10,7 @@ from typing import Any
 from worldline.errors import WorldlineError
 
 # what a training run and a recording leave in their folder before anything of value
-CLAIMS = ("training/run.json", ".staging/settings.json", ".staging/recording.json")
+CLAIMS = ("training/run.json", "training/settings.json", ".staging/settings.json", ".staging/recording.json")
 
 
 def check_report_folder(out: Path) -> None:

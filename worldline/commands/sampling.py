@@ -1,7 +1,7 @@
-"""Flags that change how a trained world model is sampled, the same for every verb that dreams."""
+"""Flags that change how a trained world model, or a model of trajectories, is sampled: the same for every verb that does."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from worldline.eval.replays import Replays
 from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream
 from worldline.worldmodels import TrainedWorldModel, load_world_model
+from worldline.worldmodels.trajectories import TrajectoryDiffusion, TrajectorySolver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,37 @@ class SamplingFlags:
         """Those that were given."""
         given = {f.name: getattr(self, f.name) for f in fields(SamplingFlags)}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverFlags:
+    """How trajectories are denoised, where it is not to be as the model was trained to be."""
+
+    steps: int | None = None
+    """Steps of the solver instead of the checkpoint's own."""
+    heun: bool | None = None
+    """Correct each step by the slope at its end: twice the evaluations."""
+    churn: float | None = None
+    """EDM's S_churn: noise that is added again on the way. 0: none, the same noise gives the same trajectory."""
+    churned: tuple[float, float] | None = None
+    """Sigmas between which noise is added (S_tmin, S_tmax)."""
+    inflate: float | None = None
+    """Factor of the noise added (S_noise)."""
+
+    def __post_init__(self) -> None:
+        self.instead_of(TrajectorySolver())  # whose checks are made here, before a model is read
+
+    def instead_of(self, own: TrajectorySolver) -> TrajectorySolver:
+        """A checkpoint's own solver but for the settings that were given."""
+        given = {f.name: value for f in fields(SolverFlags) if (value := getattr(self, f.name)) is not None}
+        return replace(own, **given)
+
+
+def load_trajectory_model(folder: Path, solver: SolverFlags) -> TrajectoryDiffusion:
+    """A model of trajectories, on the GPU if there is one, denoised as `solver` says instead of the checkpoint."""
+    model = TrajectoryDiffusion.from_pretrained(folder)
+    model = model.with_solver(solver.instead_of(model.config.solver))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_dream(folder: Path, sampling: Mapping[str, Any] | None = None) -> Dream:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
+from worldline.commands.sampling import SolverFlags, load_trajectory_model
 from worldline.data.minari import write_minari
 from worldline.data.trajectories import Trajectories
 from worldline.errors import PolicyError, WorldlineError
@@ -18,7 +19,7 @@ from worldline.eval.trajectories import policy_log_likelihood
 from worldline.policies import load_policy
 from worldline.rl_in_imagination.guidance import policy_score
 from worldline.types import Policy, StochasticPolicy
-from worldline.worldmodels.trajectories import Guidance, TrajectoryDiffusion, TrajectorySolver
+from worldline.worldmodels.trajectories import Guidance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,7 @@ class SynthesizeTrajectories:
     """The policy that trajectories are moved towards; none: as the data's behaviour."""
     trajectories: int = 1024
     guidance: Guidance = field(default_factory=Guidance)
-    solver: TrajectorySolver | None = None
-    """How trajectories are denoised; by default as the model was trained to be."""
+    solver: SolverFlags = field(default_factory=SolverFlags)
     batch: int = 256
     seed: int = 0
 
@@ -55,9 +55,7 @@ def run_synthesize_trajectories(config: SynthesizeTrajectories, *, progress: boo
         raise WorldlineError(
             f"--out {config.out}: a new folder is required, this exists. Choose another, or delete it."
         )
-    model = TrajectoryDiffusion.from_pretrained(config.trajectory_model)
-    if config.solver is not None:
-        model = model.with_solver(config.solver)
+    model = load_trajectory_model(config.trajectory_model, config.solver)
     policy = None if config.policy is None else load_policy(config.policy, spec=model.spec)
     score = None if policy is None else policy_score(policy, model.spec)
     seeds = config.seed * 1_048_576 + torch.arange(config.trajectories)

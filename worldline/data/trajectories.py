@@ -40,6 +40,11 @@ def control_spec(
     return WorldSpec(cameras=(), fps=rate_hz, control_steps=1, action=action, pose_names=names)
 
 
+def unnamed(spec: WorldSpec) -> bool:
+    """Whether the numbers seen have no names but their places (o0, o1, ...), as in datasets of others."""
+    return spec.pose_names == tuple(f"o{i}" for i in range(len(spec.pose_names)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
     """Episodes of a low-dimensional task, their steps in one table, in physical units.

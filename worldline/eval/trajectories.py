@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -33,11 +33,12 @@ class OneStep(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepErrors:
-    """How far made-up steps are from the simulator's, n rows."""
+    """How far made-up steps are from the simulator's: n rows, m of them without an end."""
 
     observation: Float[
-        Tensor, " n"
+        Tensor, " m"
     ]  # root mean square over dimensions, in standard deviations of the recorded observations
+    episode: Int[Tensor, " m"]  # of which made-up trajectory each of these is: steps of one are not independent
     reward: Float[Tensor, " n"]  # absolute, in standard deviations of the recorded rewards
     terminated: Bool[Tensor, " n"]  # one of the two ends here, the other does not
 
@@ -64,6 +65,7 @@ def step_errors(
     ends = made.terminated[rows]
     return StepErrors(
         observation=off[~ends].float(),
+        episode=made.episode[rows][~ends],
         reward=(
             (made.rewards[rows].double() - true_reward).abs() / real.rewards.double().std().clamp(min=1e-6)
         ).float(),

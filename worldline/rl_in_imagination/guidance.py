@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldline.data.trajectories import low_dimensional
+from worldline.data.trajectories import low_dimensional, unnamed
 from worldline.errors import SpecMismatch
+from worldline.sim.environments import differ
 from worldline.types import Observation, Policy, ScorePolicy, StochasticPolicy, WorldSpec
 from worldline.worldmodels.trajectories import ScoreFunction
 
@@ -34,8 +35,8 @@ def policy_score(policy: Policy, spec: WorldSpec) -> ScoreFunction:
     slope = chunk_score(policy)
 
     def score(observations: Float[Tensor, "n t o"], actions: Float[Tensor, "n t a"]) -> Float[Tensor, "n t a"]:
-        found = slope(low_dimensional(observations.flatten(0, 1)), actions.flatten(0, 1)[:, None])
-        return found[:, 0].unflatten(0, observations.shape[:2])
+        seen, sent = (x.flatten(0, 1).cpu() for x in (observations, actions))  # a policy need not be where the model is
+        return slope(low_dimensional(seen), sent[:, None])[:, 0].unflatten(0, observations.shape[:2]).to(actions)
 
     return score
 
@@ -80,12 +81,15 @@ def block_score(policy: Policy, observation: Observation) -> Callable[[Tensor], 
 
 
 def require_same_task(provided: WorldSpec, required: WorldSpec, *, between: str) -> None:
-    """Raise `SpecMismatch` unless both see the same numbers and send the same actions; rates and names of places may differ."""
-    lines = []
-    if (got := provided.pose_names) != (want := required.pose_names):
+    """Raise `SpecMismatch` unless both see the same numbers and send the same actions; rates and names of places may differ. Where one
+    learned from a dataset of others, whose numbers have no names, they must be as many, and not of an environment known to be another."""
+    lines, alike = [], unnamed(provided) == unnamed(required)
+    got, want = provided.pose_names, required.pose_names
+    if got != want and (alike or len(got) != len(want)):
         lines.append(f"  observation: required {len(want)} numbers {list(want)}, got {len(got)} {list(got)}")
     for name in ("names", "low", "high", "embodiment"):
-        if (got := getattr(provided.action, name)) != (want := getattr(required.action, name)):
+        got, want = getattr(provided.action, name), getattr(required.action, name)
+        if got != want and (alike or name != "embodiment" or differ(got, want)):
             lines.append(f"  action.{name}: required {want!r}, got {got!r}")
     if provided.cameras:
         lines.append(f"  cameras: required none, got {[camera.name for camera in provided.cameras]}")

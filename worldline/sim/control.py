@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -91,12 +91,17 @@ CONTROL_TASKS = tuple(_LAYOUTS)
 
 
 def make_control(name: str) -> "ControlTask":
-    """The task called `name`: "pointmaze/umaze", "pointmaze/medium", "hopper" or "halfcheetah".
+    """The task called `name`: "pointmaze/umaze", "pointmaze/medium", "hopper", "halfcheetah", or "gym/ID" of any Gymnasium environment whose
+    observations and actions are vectors.
 
-    Nothing is imported before a simulator is needed. Raises `SimulatorError` for another name.
+    Of the house's own nothing is imported before a simulator is needed. Raises `SimulatorError` for another name.
     """
+    if name.startswith("gym/"):
+        from worldline.sim.control_gym import GymTask
+
+        return GymTask(name.removeprefix("gym/"))
     if name not in _LAYOUTS:
-        raise unknown("control task", name, _LAYOUTS)
+        raise unknown("control task", name, _LAYOUTS, hint=" gym/ID names any Gymnasium environment of vectors.")
     return ControlTask(name)
 
 
@@ -169,6 +174,10 @@ class ControlTask:
             torch.tensor([after.terminated for after in found], dtype=torch.bool),
         )
 
+    def _stepper(self) -> "_Stepper":
+        """What rollouts are made with."""
+        return self._simulator
+
     def _clip(self, actions: np.ndarray) -> np.ndarray:
         return np.clip(actions, self.spec.action.low, self.spec.action.high)
 
@@ -231,11 +240,23 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _After:
-    state: _State
+class After:
+    """What a step led to."""
+
+    state: Any  # the simulator's affair
     observation: np.ndarray
     reward: float
     terminated: bool
+    truncated: bool = False  # by a clock of the environment's own
+
+
+@runtime_checkable
+class _Stepper(Protocol):
+    """Rows of a rollout, each with a state."""
+
+    def reset(self, seed: int) -> tuple[Any, np.ndarray]: ...
+
+    def step(self, state: Any, action: np.ndarray) -> After: ...
 
 
 class _Simulator:
@@ -262,7 +283,7 @@ class _Simulator:
         whole = np.concatenate([np.zeros(hidden), observation])
         return _State(whole[:positions], whole[positions:])
 
-    def step(self, state: _State, action: np.ndarray) -> _After:
+    def step(self, state: _State, action: np.ndarray) -> After:
         data = self._mujoco.data
         data.ctrl[:], data.qacc_warmstart[:] = 0, 0
         self._mujoco.set_state(state.position, state.velocity)
@@ -273,7 +294,7 @@ class _Simulator:
                 f"{self._name}: a state that the simulator can step is required, it gave up at positions "
                 f"{state.position.round(3).tolist()}, velocities {state.velocity.round(3).tolist()}. Leave such states out."
             )
-        return _After(
+        return After(
             state=self._read(),
             observation=np.asarray(seen),
             reward=float(cast(Any, reward)),
@@ -300,7 +321,7 @@ def collect_trajectories(
     The actions kept are those the environment consumed, after clipping to the spec's range. Raises `SimulatorError` for actions of
     another shape or that are not finite.
     """
-    simulator, dim = task._simulator, task.spec.action.dim
+    simulator, dim = task._stepper(), task.spec.action.dim
     seeds = [seed + i for i in range(episodes)] if isinstance(seed, int) else list(seed)
     starts = [simulator.reset(s) for s in seeds]
     states = [state for state, _ in starts]
@@ -312,17 +333,13 @@ def collect_trajectories(
         actions = _checked(act(torch.from_numpy(seen)), (episodes, dim), "actions of the policy")
         actions, before = task._clip(actions).astype(np.float32), seen.copy()
         rows = np.flatnonzero(running)
-        rewards, ended = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+        rewards, ended, over = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool), np.zeros(len(rows), bool)
         for k, row in enumerate(rows):
             after = simulator.step(states[row], actions[row])
-            states[row], seen[row], rewards[k], ended[k] = (
-                after.state,
-                after.observation,
-                after.reward,
-                after.terminated,
-            )
+            states[row], seen[row], rewards[k] = after.state, after.observation, after.reward
+            ended[k], over[k] = after.terminated, after.terminated or after.truncated
         steps.append((rows, before[rows], actions[rows], rewards, seen[rows], ended))
-        running[rows[ended]] = False
+        running[rows[over]] = False
     order = np.argsort(np.concatenate([rows for rows, *_ in steps]), kind="stable")  # by episode, then by time
     row, *columns = (torch.from_numpy(np.concatenate(column)[order]) for column in zip(*steps))
     observations, actions, rewards, next_observations, terminated = columns

@@ -47,7 +47,7 @@ class GymWorld:
         self.horizon = horizon
         self.instruction = env_id if instruction is None else instruction
         self._name = f"gym/{env_id}"
-        self._env = _make(env_id, render=bool(cameras))
+        self._env = make_gym(env_id, render=bool(cameras))
         self._flat = _is_vector(self._env.observation_space)
         action, rate = self._env.action_space, rate_hz or self._env.metadata.get("render_fps")
         if not isinstance(action, Box):
@@ -151,12 +151,14 @@ class GymWorld:
         return utils.flatdim(self._env.observation_space) if self._flat else 0
 
 
-def _make(env_id: str, *, render: bool) -> gymnasium.Env:
+def make_gym(env_id: str, *, render: bool = False) -> gymnasium.Env:
+    """The environment `env_id`, as Gymnasium makes it. Raises `SimulatorError` if there is none, or it cannot be made."""
+    options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}  # not every environment takes a mode
     try:
-        return gymnasium.make(env_id, render_mode="rgb_array" if render else None)
+        return gymnasium.make(env_id, **options)
     except gymnasium.error.NameNotFound as error:
         raise unknown("Gymnasium environment", env_id, gymnasium.registry) from error
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError) as error:
         raise SimulatorError(f"gym/{env_id} could not be made: {error}") from error
 
 

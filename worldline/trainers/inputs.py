@@ -271,10 +271,8 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from
     path = out / "training" / "run.json"
     if path.is_file():
         before = read_json(path)
-        if before["part"] != part:
-            raise CheckpointError(
-                f"{out}: a {part} was to be trained here, it holds a {before['part']}. Choose another --out."
-            )
+        if (held := before.get("part", "run of an older worldline")) != part:
+            raise CheckpointError(f"{out}: a {part} was to be trained here, it holds a {held}. Choose another --out.")
         changed = [
             f"  {k}: was {before['config'].get(k)!r}, is now {v!r}"
             for k, v in record["config"].items()

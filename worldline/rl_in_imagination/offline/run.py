@@ -57,10 +57,15 @@ class OfflineConfig:
         for name in ("updates", "batch_size", "synthesise_every", "evaluate_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of at least 1 required, got {getattr(self, name)}")
-        if not 0 <= self.synthetic <= self.batch_size:
-            raise ValueError(f"synthetic between 0 and batch_size {self.batch_size} required, got {self.synthetic}")
+        if self.synthetic < 0:
+            raise ValueError(f"synthetic of at least 0 required, got {self.synthetic}")
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature above 0 required, got {self.temperature}")
+
+    def check_synthetic(self) -> None:
+        """Raise `ValueError` where a batch has no room for its synthetic rows. Without a synthesiser there are none, so that is no matter."""
+        if self.synthetic > self.batch_size:
+            raise ValueError(f"synthetic between 0 and batch_size {self.batch_size} required, got {self.synthetic}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +97,13 @@ def train_offline(
         provenance: plain JSON of where data and synthesiser come from; kept with the policies, and compared when a run goes on.
 
     Raises `CheckpointError` if what is in `out` was made with other settings or data, `WorldlineError` for NaN in the synthetic data or a
-    loss, `SpecMismatch` for a task with cameras, `ValueError` for seeds that are none or not distinct.
+    loss, `SpecMismatch` for a task with cameras, `ValueError` for seeds that are none or not distinct, and for more synthetic rows than
+    a batch has.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"distinct seeds, at least one, required, got {list(seeds)}")
+    if synthesise is not None:
+        config.check_synthetic()
     scaling = fit_scaling(real, rewards=config.rewards)
     learner = build_agent(agent, real.spec, scaling, seeds=seeds, updates=config.updates).to(device)
     replay = Replay(
@@ -108,11 +116,12 @@ def train_offline(
         temperature=config.temperature,
     )
     history: History = {}
+    latest: dict[str, Tensor] = {}  # metrics that wait to be noted
     settings = {**_settings(real, agent, config, seeds), "synthetic": synthesise is not None, **(provenance or {})}
     state = None if out is None else _State(out / "training", settings)
-    update, made_at = (0, -1) if state is None else state.restore(learner, replay, history)
+    update, made_at = (0, -1) if state is None else state.restore(learner, replay, history, latest)
     bar = tqdm(total=config.updates, initial=update, desc="offline", unit="update", disable=not progress)
-    saved, latest = -1, {}
+    saved = -1
     try:
         while True:
             finished = update >= config.updates
@@ -132,7 +141,7 @@ def train_offline(
             # --- save, stop? ------------------------------------------------------------------------------------------
             due = finished or made_at == update or (update and update % config.save_every == 0)
             if state and due and saved != update:
-                state.store(learner, history, update, made_at)
+                state.store(learner, history, latest, update, made_at)
                 saved = update
             if finished:
                 break
@@ -141,7 +150,7 @@ def train_offline(
             metrics = learner.update(replay.batch(update), update)
             _require_finite(metrics, update, seeds, out)
             update += 1
-            latest |= metrics  # a policy that learns every second update has none of its own in the others
+            latest.update(metrics)  # a policy that learns every second update has none of its own in the others
             if update % config.log_every == 0 or update == config.updates:
                 _note(history, "train", update, latest)
                 latest = {}
@@ -192,7 +201,8 @@ def _require_finite(metrics: Metrics, update: int, seeds: Sequence[int], out: Pa
 
 def _settings(real: Trajectories, agent: AgentConfig, config: OfflineConfig, seeds: Sequence[int]) -> dict[str, Any]:
     """What must be the same where a run goes on."""
-    data = {name: getattr(real, name) for name in ("observations", "actions", "rewards", "terminated", "lengths")}
+    tables = ("observations", "actions", "rewards", "next_observations", "terminated", "lengths")
+    data = {name: getattr(real, name) for name in tables}
     return {
         "agent": {"name": type(agent).__name__, **to_json(agent)},
         "config": {name: value for name, value in asdict(config).items() if name not in _BOOKKEEPING},
@@ -203,12 +213,13 @@ def _settings(real: Trajectories, agent: AgentConfig, config: OfflineConfig, see
 
 
 class _State:
-    """A training on disk: `run.json` (its settings), `state.safetensors` and `synthetic-N.safetensors`, made at update N."""
+    """A training on disk: `settings.json`, `state.safetensors` and `synthetic-N.safetensors`, made at update N."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, dict(settings)
-        if (folder / "run.json").is_file():
-            before = read_json(folder / "run.json")
+        kept = folder / "settings.json"
+        if kept.is_file():
+            before = read_json(kept)
             changed = [
                 f"  {name}: required {before.get(name)!r}, got {value!r}"
                 for name, value in self.settings.items()
@@ -220,11 +231,19 @@ class _State:
                     + "\n".join(changed)
                     + "\nUse those, or another folder."
                 )
+        elif (folder / "state.safetensors").is_file():
+            raise CheckpointError(
+                f"{kept}: what the run in {folder.parent} was made with is required to go on with it, but there is no such file: an older "
+                "worldline left it. Use another folder."
+            )
         else:
-            write_json(folder / "run.json", self.settings)
+            write_json(kept, self.settings)
 
-    def restore(self, agent: OfflineAgent, replay: Replay, history: History) -> tuple[int, int]:
-        """Fill agent, synthetic tables and history. Returns the update reached, and that at which the tables were made (or -1)."""
+    def restore(
+        self, agent: OfflineAgent, replay: Replay, history: History, latest: dict[str, Tensor]
+    ) -> tuple[int, int]:
+        """Fill agent, synthetic tables, history and the metrics that wait for it. Returns the update reached, and that at which the
+        tables were made (or -1)."""
         if not (self.folder / "state.safetensors").is_file():
             return 0, -1
         tensors = read_tensors(self.folder / "state.safetensors")
@@ -237,6 +256,8 @@ class _State:
             if key.startswith("history/at/"):
                 name = key.removeprefix("history/at/")
                 history[name] = list(zip(value.tolist(), tensors[f"history/value/{name}"]))
+            elif key.startswith("latest/"):
+                latest[key.removeprefix("latest/")] = value
         log.info("going on with %s at update %d", self.folder.parent, update)
         return update, made_at
 
@@ -244,11 +265,14 @@ class _State:
         named = {f.name: x for f in fields(tables) if (x := getattr(tables, f.name)) is not None}
         write_tensors(self.folder / f"synthetic-{update}.safetensors", named)
 
-    def store(self, agent: OfflineAgent, history: History, update: int, made_at: int) -> None:
+    def store(
+        self, agent: OfflineAgent, history: History, latest: Mapping[str, Tensor], update: int, made_at: int
+    ) -> None:
         tensors = agent.tensors() | {"update": torch.tensor(update), "made_at": torch.tensor(made_at)}
         for name, points in history.items():
             tensors[f"history/at/{name}"] = torch.tensor([at for at, _ in points])
             tensors[f"history/value/{name}"] = torch.stack([value for _, value in points])
+        tensors |= {f"latest/{name}": value for name, value in latest.items()}
         write_tensors(self.folder / "state.safetensors", tensors)
         for path in self.folder.glob("synthetic-*.safetensors"):  # no state refers to the others any more
             if path.name != f"synthetic-{made_at}.safetensors":

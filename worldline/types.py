@@ -299,8 +299,8 @@ class TracedWorldModel(WorldModel, Protocol):
     ) -> Trace: ...
 
     def trace_means(self, trace: Trace) -> Float[Tensor, "s n *x"]: ...  # of each step, by the weights as they are
-    def retold(self, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace: ...  # as if dreamt under these
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]: ...
+
     def dreamt(self, trace: Trace) -> Imagination: ...
 
 

@@ -19,20 +19,27 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from worldline.diffusion import row_noise
-from worldline.errors import WorldlineError
+from worldline.errors import SpecMismatch, WorldlineError
 from worldline.rl_in_imagination.low_rank import add_adapters, merged
 from worldline.rl_in_imagination.returns import group_advantages
 from worldline.types import ActionSpec, Clip, Trace, TracedWorldModel, VideoTokenizer
 
 Reward = Callable[[Mapping[str, UInt8[Tensor, "n t c _h _w"]], Float[Tensor, "n t-1 k a"]], Float[Tensor, "n t-1"]]
 """Frames (the last real one first) and the blocks between them to a reward of each block."""
+
+
+@runtime_checkable
+class Retelling(Protocol):
+    """A world model whose dreams can be told as if they had been dreamt under other commands."""
+
+    def retold(self, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,7 @@ class GRPOConfig:
     lr: float = 1e-4
     """Of AdamW. Thirty updates at this rate moved a model of 2.5M weights by 0.0004 nats a number."""
     lora_rank: int = 0
-    """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights."""
+    """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights but the guesses'."""
     max_norm: float = 1.0
     max_kl: float = 0.2
     """Nats a number and solver step from the pretrained model at which training stops with an error. Far below this pictures suffer: at 0.5 a toy
@@ -126,12 +133,16 @@ def dream(
 
     Raises `WorldlineError` for NaN in rewards, `SpecMismatch` to explore with a model that cannot retell a path.
     """
+    if config.explore and not isinstance(model, Retelling):
+        raise SpecMismatch(
+            f"--rl.grpo.explore: an autoregressive world model is required, whose dreams can be told as of other commands, got {type(model).__name__}"
+        )
     rows = torch.arange(len(actions)).repeat_interleave(config.group)
     seen, actions = repeat(seen, rows), actions[rows]
     meant = offset(actions, model.spec.action, config.explore, seeds)
     trace = model.sample_traced(seen, meant, seeds=seeds, steps=config.solver_steps, eta=config.eta)
     made = model.dreamt(trace)
-    if config.explore:
+    if isinstance(model, Retelling) and config.explore:
         trace = model.retold(trace, actions)
     latents = {c: torch.cat([seen.frames[c][:, -1:].to(z), z], 1) for c, z in made.latents.items()}
     earned = reward(tokenizer.decode(latents), actions).to(trace.x.device)

@@ -26,7 +26,7 @@ from worldline import checkpoint
 from worldline.data.normalization import RobustNormalizer, normalizers_from_json, normalizers_to_json
 from worldline.errors import CheckpointError, SpecMismatch
 from worldline.tokenizers.whitening import unwhiten, whiten
-from worldline.types import Clip, Imagination, LatentSpec, WorldSpec
+from worldline.types import Clip, Imagination, LatentSpec, Trace, WorldSpec
 from worldline.worldmodels import traced
 from worldline.worldmodels.config import AutoregressiveConfig
 from worldline.worldmodels.doubled_pass import NetworkClip, doubled_batch, first_frames
@@ -158,6 +158,10 @@ class AutoregressiveWorldModel(TracedSampling, nn.Module):
 
     def _flat_actions(self, actions: Tensor) -> Tensor:
         return self.action_normalizer.normalize(actions.to(self.device)).flatten(2)
+
+    def retold(self, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace:
+        """The path of `sample_traced` as one that was dreamt under other actions: its means and log-probability are of those."""
+        return traced.retold(self, trace, actions)
 
     # --- imagination --------------------------------------------------------------------------------------------------
 

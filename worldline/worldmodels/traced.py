@@ -136,7 +136,7 @@ def sample_traced(
 
 
 def retold(model: AutoregressiveWorldModel, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace:
-    """`TracedSampling.retold`: frames and poses stay, the blocks that led to them are others."""
+    """`AutoregressiveWorldModel.retold`: frames and poses stay, the blocks that led to them are others."""
     dream: TracedDream = trace.context
     before = dream.units.actions[:, : dream.given - 1]
     blocks = torch.cat([before, model._flat_actions(actions)], 1)

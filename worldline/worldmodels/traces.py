@@ -51,15 +51,6 @@ class TracedSampling:
         """Where each step of a trace would go on average by the weights as they are, with gradients."""
         return self.tracing.trace_means(self, trace)
 
-    def retold(self, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace:
-        """The same path as one that was dreamt under other actions: its means and log-probability are of those. Frames seen stay as they were.
-
-        Raises `SpecMismatch` for a model that cannot tell a path without dreaming it.
-        """
-        if not hasattr(self.tracing, "retold"):
-            raise SpecMismatch(f"an autoregressive world model is required to retell dreams, got {type(self).__name__}")
-        return self.tracing.retold(self, trace, actions)
-
     def log_prob(self, trace: Trace) -> Float[Tensor, " n"]:
         """Of a trace's steps with a density together, exactly, with gradients."""
         return step_log_probs(self.trace_means(trace), trace).sum((0, 2))

@@ -60,7 +60,8 @@ class Refine(SamplingFlags):
     more than in dreams of held-out episodes. 2 costs about four more passes a frame; 0: never."""
     check_world_model: Path | None = None
     """Another world model (seed, kind or data) in whose dream the checks are done, and which the policy is never refined in: it decides what
-    is published and when to stop. Success that rises in the first dream alone is that dream's weak spot, not a better policy."""
+    is published and when to stop. Success that rises in the first dream alone is that dream's weak spot, not a better policy. Two that learned
+    from the same data may share one: another seed did not see what docs/results.md tells of."""
     check_scorer: Path | None = None
     """Scorer of those checks, best one of its own; --scorer by default."""
     override_audit: bool = False

@@ -91,7 +91,7 @@ class Refine(SamplingFlags):
 def run_refine(config: Refine, *, progress: bool = True) -> Path:
     """Refine, write the report, return the folder."""
     scorers = {config.scorer, config.check_scorer or config.scorer}
-    failures = [f for folder in sorted(scorers) for f in check_scorer(folder, override=config.override_audit)]
+    failures = [f"{s}: {said}" for s in sorted(scorers) for said in check_scorer(s, override=config.override_audit)]
     dream = load_dream(config.world_model, config.sampling())
     scorer = _load_scorer(config.scorer, dream)
     doubt = load_doubt(dream, config.doubt_steps) if config.doubt_steps else None

@@ -80,9 +80,9 @@ def _truth(report: Report, truth: dict[str, Any], best: int) -> None:
         ]
         for r in truth["checked"]
     ]
-    columns = ["iteration", "true", "95%", "imagined", "failures that the dream calls a success"]
+    columns = ["iteration", "true", "95%", "imagined", "failures called successes"]
     if "second" in truth["checked"][0]:
-        columns += ["second opinion", "failures that it calls a success"]
+        columns += ["second opinion", "called so there"]
         for row, r in zip(rows, truth["checked"]):
             row += [r["second"], f"{r['second_called_success']} of {r['failures']}"]
     report.table(

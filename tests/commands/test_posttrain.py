@@ -94,12 +94,14 @@ def test_episodes_too_short_for_a_check_are_told_the_protocol_and_not_flags_of_o
     said = worldline(*run)  # episodes of 11 frames
     words = " ".join(said.err.split())
     assert said.code == 2 and "episodes of at least 16 frames required for clips of 16 at stride 1" in words, said.err
-    assert "Checks take clips of 16 frames (the evaluation protocol's), whatever --rl says: record longer" in words
+    assert "Checks take clips of 16 frames (the evaluation protocol's 16, or more to hold --rl.grpo.prefix" in words
     assert "--frames" not in words and "--stride" not in words
     said = worldline(*run, "--rl.grpo.frames", 30)
     assert (
         "episodes of at least 31 frames required" in " ".join(said.err.split()) and "fewer --rl.grpo.frames" in said.err
     )
+    said = worldline(*run, "--rl.grpo.prefix", 28)
+    assert "episodes of at least 32 frames required" in " ".join(said.err.split()) and "or --rl.grpo.prefix" in said.err
     assert not (tmp_path / "out").exists()
 
 
@@ -134,7 +136,11 @@ def test_a_unified_model_is_post_trained_too_by_adapters(home: Path, lab: Lab, w
     ]
     said = worldline(*run, "--rl.grpo.frames", 3)
     assert said.code == 2 and "whole chunks of 2 frames are required by this world model, got 3" in said.err
-    said = worldline(*run, "--rl.grpo.frames", 4)
+    said = worldline(*run, "--rl.grpo.frames", 4, "--rl.grpo.prefix", 3)
+    assert "--rl.grpo.prefix: whole chunks of 2 frames are required by this world model, got 4 and 3" in " ".join(
+        said.err.split()
+    )
+    said = worldline(*run, "--rl.grpo.frames", 4, "--rl.grpo.prefix", 2)
     assert said.code == 0, said.err
     assert len(results(tmp_path / "out", videos=True)["history"]) == 2
     model, _ = load_world_model(tmp_path / "out")

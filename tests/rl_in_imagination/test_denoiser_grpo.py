@@ -195,7 +195,7 @@ def test_adapters_alone_learn_and_are_published_as_plain_weights():
     moved = {k for k, v in plain.state_dict().items() if not torch.equal(v, begun.state_dict()[k])}
     hidden = {id(p) for p in begun.hidden_matrices()}
     assert moved and moved <= {name for name, p in begun.named_parameters() if id(p) in hidden}
-    with pytest.raises(ValueError, match="lora_rank and explore of at least 0 required, got -1"):
+    with pytest.raises(ValueError, match="lora_rank, explore and prefix of at least 0 required, got -1"):
         GRPOConfig(lora_rank=-1)
 
 

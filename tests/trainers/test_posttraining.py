@@ -9,8 +9,16 @@ import torch
 from tests.oracles import dot_clip, encoded
 from tests.rl_in_imagination.test_denoiser_grpo import follows, half_trained
 from worldline.errors import WorldlineError
-from worldline.rl_in_imagination.denoiser_grpo import GRPOConfig
-from worldline.trainers.posttraining import PosttrainSettings, best_of, check, opening, posttrain, stop_reason
+from worldline.rl_in_imagination.denoiser_grpo import GRPOConfig, dream
+from worldline.trainers.posttraining import (
+    PosttrainSettings,
+    best_of,
+    check,
+    opening,
+    posttrain,
+    prefix_of,
+    stop_reason,
+)
 from worldline.worldmodels import AutoregressiveWorldModel
 
 GRPO = GRPOConfig(contexts=4, group=8, frames=3, minibatch=32, lr=1e-3, clip=1e-3, kl=0.0)
@@ -39,16 +47,16 @@ def run(begun, out: Path, settings=SETTINGS, reward=agrees, judge=agrees):
     own = AutoregressiveWorldModel.from_pretrained(out / "begin")
 
     def training(seed: int, step: int, size: int):
-        return encoded(dot_clip(size, GRPO.frames + 1, 10_000 * seed + step), tokenizer)
+        return encoded(dot_clip(size, settings.grpo.prefix + GRPO.frames + 1, 10_000 * seed + step), tokenizer)
 
     held_out = encoded(dot_clip(12, 16, 999), tokenizer)
     found = posttrain(own, tokenizer, reward, judge, training, held_out, settings, out / "run", provenance={"reward": "exact"}, progress=False)  # fmt: skip
     return own, found
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_killed_run_goes_on_bit_for_bit(begun, tmp_path, rank):
-    settings = replace(SETTINGS, grpo=replace(GRPO, lora_rank=rank))
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"prefix": 5}])
+def test_a_killed_run_goes_on_bit_for_bit(begun, tmp_path, changes):
+    settings = replace(SETTINGS, grpo=replace(GRPO, **changes))
     whole, found = run(begun, tmp_path / "a", settings)
     run(begun, tmp_path / "b", replace(settings, iterations=2))
     again, resumed = run(begun, tmp_path / "b", settings)
@@ -154,6 +162,35 @@ def test_an_opening_is_the_frame_behind_the_lead():
     first = opening(clip)
     assert torch.equal(first.frames["top"][:, 0], clip.frames["top"][:, 2]) and first.actions.shape[1] == 0
     assert first.lead == 0
+
+
+def test_prefixes_are_whole_chunks_of_every_length_up_to_the_longest():
+    def drawn(prefix: int, chunk: int) -> list[int]:
+        return [prefix_of(replace(GRPO, prefix=prefix), chunk, torch.Generator().manual_seed(i)) for i in range(60)]
+
+    assert set(drawn(0, 1)) == {0} and set(drawn(6, 2)) == {0, 2, 4, 6} and set(drawn(3, 1)) == {0, 1, 2, 3}
+    assert drawn(6, 2) == drawn(6, 2)
+
+
+def test_behind_a_prefix_a_dream_is_told_the_commands_that_follow_it(begun, tmp_path, monkeypatch):
+    """What it is judged by is the clip's actions at those frames, and the first frame it is judged on is the last one dreamt before."""
+    lengths = []
+
+    def spy(model, tokenizer, reward, seen, actions, config, *, seeds, ahead):
+        iteration = len(lengths)
+        clip = encoded(dot_clip(config.contexts, config.prefix + config.frames + 1, iteration), tokenizer)
+        t = seen.poses.shape[1]
+        lengths.append(t)
+        assert torch.equal(seen.actions, clip.actions[:, : t - 1]) and torch.equal(
+            seen.frames["top"][:, 0], clip.frames["top"][:, 0]
+        )
+        assert torch.equal(actions, clip.actions[:, t - 1 : t - 1 + config.frames])
+        return dream(model, tokenizer, reward, seen, actions, config, seeds=seeds, ahead=ahead)
+
+    monkeypatch.setattr("worldline.trainers.posttraining.dream", spy)
+    settings = replace(SETTINGS, iterations=6, check_every=6, grpo=replace(GRPO, prefix=4))
+    run(begun, tmp_path, settings)
+    assert len(lengths) == 6 and len(set(lengths)) > 2 and max(lengths) <= 5
 
 
 def test_settings_are_checked():

@@ -13,7 +13,7 @@ from tests.worldmodels.test_video_action import scrambled as scrambled_unified
 from worldline.diffusion import LevelDistribution, linear_path, solver_levels
 from worldline.diffusion.stochastic import gaussian_log_prob, renoised_std, sample_renoised
 from worldline.errors import SpecMismatch
-from worldline.rl_in_imagination.denoiser_grpo import repeat, rows_of
+from worldline.rl_in_imagination.denoiser_grpo import dreamt_from, repeat, rows_of
 from worldline.worldmodels.memory import MemoryConfig
 from worldline.worldmodels.traces import step_log_probs
 
@@ -161,6 +161,25 @@ def test_other_etas_are_refused():
     seen, actions = begin(1, 1, 2)
     with pytest.raises(ValueError, match="eta above 0"):
         traced_model().sample_traced(seen, actions, seeds=torch.arange(1), eta=0.0)
+
+
+@pytest.mark.parametrize(
+    "build_model", [lambda: traced_model(solver_steps=4), lambda: unified(chunk=2, solver_steps=4)]
+)
+def test_behind_a_dreamt_prefix_a_trace_goes_on_as_the_deployed_dream_does(build_model):
+    """With almost no fresh noise: by the same seeds, the frames that one long dream has there. And its density is that of sampling."""
+    model, seeds = build_model(), torch.arange(3)
+    first, actions = begin(3, 1, 10)
+    _, whole = model.imagine(model.observe(first), actions, seeds=seeds)
+    seen = dreamt_from(model, first, actions[:, :6], seeds=seeds)
+    assert seen.poses.shape[1] == 7 and torch.equal(seen.frames["top"][:, 1:], whole.latents["top"][:, :6])
+    assert dreamt_from(model, first, actions[:, :0], seeds=seeds) is first
+    traced = model.dreamt(model.sample_traced(seen, actions[:, 6:], seeds=seeds, steps=4, eta=1e-4))
+    for camera, z in whole.latents.items():
+        assert torch.allclose(traced.latents[camera], z[:, 6:], atol=5e-3)
+    assert torch.allclose(traced.poses, whole.poses[:, 6:], atol=5e-3)
+    trace = model.sample_traced(seen, actions[:, 6:], seeds=seeds, steps=4)
+    assert torch.allclose(model.trace_means(trace), trace.mean, atol=2e-4)
 
 
 # --- the unified model, which makes a chunk of frames together ----------------------------------------------------------

@@ -114,9 +114,11 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
             f"world-model, or video-action of design uwm), got {type(model).__name__}"
         )
     model.require_traceable(config.rl.grpo.solver_steps)
-    if config.rl.grpo.frames % model.traced_chunk():
+    chunk, grpo = model.traced_chunk(), config.rl.grpo
+    if grpo.frames % chunk or grpo.prefix % chunk:
         raise SpecMismatch(
-            f"--rl.grpo.frames: whole chunks of {model.traced_chunk()} frames are required by this world model, got {config.rl.grpo.frames}"
+            f"--rl.grpo.frames and --rl.grpo.prefix: whole chunks of {chunk} frames are required by this world model, got {grpo.frames} and "
+            f"{grpo.prefix}"
         )
     reward, judge = (InverseModel.from_pretrained(folder) for folder in (config.reward, config.judge))
     for name, inverse in (("reward", reward), ("judge", judge)):
@@ -132,7 +134,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     }
     cameras = [c.name for c in tokenizer.cameras]
     training, held_out = (open_datasets(config.data, split, cameras=cameras) for split in ("train", "held-out"))
-    dreamt, checked = config.rl.grpo.frames + 1, _check_frames(model.spec.chunk)
+    dreamt = grpo.prefix + grpo.frames + 1
+    checked = _check_frames(model.spec.chunk, dreamt if grpo.prefix else 0)
     _require_clips(training, held_out, dreamt, checked, stride)
     claim_output(
         config.out,
@@ -170,9 +173,9 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     return config.out
 
 
-def _check_frames(chunk: int) -> int:
-    """Of a clip that is checked: the protocol's, or as many more as whole chunks take after the first."""
-    return math.ceil((PROTOCOL.clip_frames - 1) / chunk) * chunk + 1
+def _check_frames(chunk: int, least: int) -> int:
+    """Of a clip that is checked: the protocol's, or `least`, and as many more as whole chunks take after the first."""
+    return math.ceil((max(PROTOCOL.clip_frames, least) - 1) / chunk) * chunk + 1
 
 
 def _require_clips(
@@ -182,11 +185,13 @@ def _require_clips(
     for s in (*training, *held_out):
         require_actions(s.dataset, s.episodes)
     for s in training:
-        require_length(s, dreamt, stride, advice="Use fewer --rl.grpo.frames, or record longer episodes.")
-    whole = f", here {checked} to hold whole chunks" if checked > PROTOCOL.clip_frames else ""
+        require_length(
+            s, dreamt, stride, advice="Use fewer --rl.grpo.frames or --rl.grpo.prefix, or record longer episodes."
+        )
     for s in held_out:
         advice = (
-            f"Checks take clips of {PROTOCOL.clip_frames} frames (the evaluation protocol's){whole}, whatever --rl says"
+            f"Checks take clips of {checked} frames (the evaluation protocol's {PROTOCOL.clip_frames}, or more to hold --rl.grpo.prefix and whole "
+            "chunks)"
         )
         require_length(
             s, checked, stride, advice=f"{advice}: record longer episodes, or leave this folder out of --data."

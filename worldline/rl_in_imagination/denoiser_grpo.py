@@ -29,7 +29,7 @@ from worldline.diffusion import row_noise
 from worldline.errors import SpecMismatch, WorldlineError
 from worldline.rl_in_imagination.low_rank import add_adapters, merged
 from worldline.rl_in_imagination.returns import group_advantages
-from worldline.types import ActionSpec, Clip, Trace, TracedWorldModel, VideoTokenizer
+from worldline.types import ActionSpec, Clip, Trace, TracedWorldModel, VideoTokenizer, WorldModel
 
 Reward = Callable[[Mapping[str, UInt8[Tensor, "n t c _h _w"]], Float[Tensor, "n t-1 k a"]], Float[Tensor, "n t-1"]]
 """Frames (the last real one first) and the blocks between them to a reward of each block."""
@@ -51,7 +51,10 @@ class GRPOConfig:
     group: int = 8
     """Rows that dream from each."""
     frames: int = 8
-    """Imagined by each row."""
+    """Imagined by each row, to learn from."""
+    prefix: int = 0
+    """Frames dreamt by the deployed sampler before those: from none to so many, drawn for each update. A dream drifts from its actions as it
+    grows, and learns there only what it is shown there. 0: dreams begin at real frames (published)."""
     solver_steps: int = 4
     """Of a frame; the last is deterministic and does not count."""
     eta: float = 1.0
@@ -93,8 +96,10 @@ class GRPOConfig:
                 "contexts, frames, epochs and minibatch of at least 1, eta above 0 and at most 1 required, got "
                 f"{self.contexts}, {self.frames}, {self.epochs}, {self.minibatch} and {self.eta}"
             )
-        if self.lora_rank < 0 or self.explore < 0:
-            raise ValueError(f"lora_rank and explore of at least 0 required, got {self.lora_rank} and {self.explore}")
+        if min(self.lora_rank, self.explore, self.prefix) < 0:
+            raise ValueError(
+                f"lora_rank, explore and prefix of at least 0 required, got {self.lora_rank}, {self.explore} and {self.prefix}"
+            )
         if not self.clip > 0 or self.kl < 0 or not self.lr > 0 or not 0 <= self.discount <= 1:
             raise ValueError(
                 f"clip and lr above 0, kl of at least 0, discount from 0 to 1 required, got {self.clip}, {self.lr}, {self.kl} and "
@@ -127,7 +132,7 @@ def dream(
     """Dream a group from each context, and judge.
 
     Args:
-        seen: raw latents of what came before, a row each context. actions: what is done after it.
+        seen: raw latents of what came before, real or dreamt, a row each context. actions: what is done after it.
         seeds: one a row of the groups, `config.group` for each context.
         ahead: frames behind a transition that its reward looks at.
 
@@ -151,6 +156,20 @@ def dream(
         raise WorldlineError(f"finite rewards required, got {float(earned[row, frame])} in row {row}, frame {frame}")
     old = log_density(model.trace_means(trace) if config.explore else trace.mean, trace)
     return TracedDreams(trace=trace, reward=earned, advantage=advantages(earned, config, ahead=ahead), old=old)
+
+
+@torch.no_grad()
+def dreamt_from(model: WorldModel, first: Clip, actions: Float[Tensor, "b f k a"], *, seeds: Int[Tensor, " b"]) -> Clip:
+    """A clip of one frame and the f that the deployed sampler dreams after it: what a longer dream has been through."""
+    if not actions.shape[1]:
+        return first
+    _, made = model.imagine(model.observe(first), actions, seeds=seeds)
+    return replace(
+        first,
+        frames={c: torch.cat([first.frames[c].to(z), z], 1) for c, z in made.latents.items()},
+        poses=torch.cat([first.poses.to(made.poses), made.poses], 1),
+        actions=actions,
+    )
 
 
 def offset(

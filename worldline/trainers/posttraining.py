@@ -1,7 +1,7 @@
 """Post-train a world model so that it does what the actions say: dream in groups, reward, update, watch (RLIR 2509.23958).
 
-- An iteration's contexts are first frames of recorded clips, the actions those recorded after them, all drawn by (seed, iteration) alone;
-  a killed post-training goes on bit for bit.
+- An iteration's contexts are first frames of recorded clips, or what is dreamt from them (`prefix`), the actions those recorded after them, all
+  drawn by (seed, iteration) alone; a killed post-training goes on bit for bit.
 - The reward model is what training maximises. What is watched is what it never sees: a judge of another architecture that learned from other
   episodes, PSNR and SSIM on moved pixels and the Frechet distance of latents, on held-out clips by the deployed sampler.
 - Where the reward rises while the judge or the pictures get worse, or while the judge confirms next to nothing of it, the reward is being
@@ -24,7 +24,7 @@ from worldline.errors import WorldlineError
 from worldline.eval.frechet import latent_frechet_distance, pooled_latents
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.video_metrics import compare_videos
-from worldline.rl_in_imagination.denoiser_grpo import DenoiserUpdater, GRPOConfig, Reward, dream
+from worldline.rl_in_imagination.denoiser_grpo import DenoiserUpdater, GRPOConfig, Reward, dream, dreamt_from
 from worldline.tokenizers import Tokenizer
 from worldline.trainers.state import IterationState
 from worldline.types import Clip
@@ -105,7 +105,7 @@ def posttrain(
     """Move `model` (a `TracedWorldModel` with weights), publish the best in `out`. Goes on from `out/training`.
 
     Args:
-        training: clips of `grpo.frames` + 1 frames.
+        training: clips of `grpo.prefix` + `grpo.frames` + 1 frames.
         held_out: clips that nothing was trained on, of 16 frames or more.
         out: a folder claimed for this run.
         ahead: frames behind a transition that its reward looks at.
@@ -142,14 +142,16 @@ def posttrain(
 
             # --- dream ------------------------------------------------------------------------------------------------
             clip = training(settings.seed, iteration, grpo.contexts)
-            first = opening(clip)
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + iteration)
             rows = grpo.contexts * grpo.group
             seeds = torch.arange(rows) + (settings.seed * 1_000_003 + iteration) * rows
-            actions = clip.actions[:, -grpo.frames :]
-            made = dream(model, tokenizer, reward, first, actions, grpo, seeds=seeds, ahead=ahead)
+            blocks = clip.actions[:, -(grpo.prefix + grpo.frames) :]
+            before = prefix_of(grpo, model.traced_chunk(), generator)
+            seen = dreamt_from(model, opening(clip), blocks[:, :before], seeds=seeds[:: grpo.group])
+            actions = blocks[:, before : before + grpo.frames]
+            made = dream(model, tokenizer, reward, seen, actions, grpo, seeds=seeds, ahead=ahead)
 
             # --- update -----------------------------------------------------------------------------------------------
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + iteration)
             learned = updater.update(made, generator)
             iteration += 1
             history.append({"iteration": float(iteration), "reward": float(made.reward.mean()), **learned})
@@ -169,6 +171,13 @@ def posttrain(
         stopped=stopped or "all iterations were run",
         hacked=bool(_parted(checks[0], checks[-1], settings)),
     )
+
+
+def prefix_of(grpo: GRPOConfig, chunk: int, generator: torch.Generator) -> int:
+    """How many frames an update dreams before those it learns from: whole chunks, at most `grpo.prefix`."""
+    if not grpo.prefix:
+        return 0
+    return chunk * int(torch.randint(grpo.prefix // chunk + 1, (), generator=generator))
 
 
 @torch.no_grad()
@@ -192,8 +201,8 @@ def check(model: Any, tokenizer: Tokenizer, reward: Reward, judge: Reward, clip:
         )
     t = PROTOCOL.clip_frames
     pooled = [
-        pooled_latents({c: z[:, :t].cpu() for c, z in x.items()}, model.latent_spec) for x in (clip.frames, latents)
-    ]
+        pooled_latents({c: z[:, -t:].cpu() for c, z in x.items()}, model.latent_spec) for x in (clip.frames, latents)
+    ]  # of the last frames, where dreams have drifted most
     by_clip = said.mean(1)
     return {
         "reward": float(reward(frames, clip.actions).mean()),

@@ -13,7 +13,7 @@ Sources: Astra 2512.08931 and Ctrl-World 2510.10125 (per-frame action conditioni
 action-free guidance), Diffusion Forcing 2407.01392 (a level per frame).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,12 @@ class AutoregressiveWorldModel(TracedSampling, nn.Module):
 
         Raises `SpecMismatch` if a camera is missing (`clip.present`) from a model that was never trained without one.
         """
+        *_, state = self.observed(clip)
+        return state
+
+    @torch.no_grad()
+    def observed(self, clip: Clip) -> Iterator[StreamState]:
+        """The state after each frame of a clip, as `observe` makes it. They share one cache: only the last may go on."""
         missing = sorted(camera for camera, there in clip.present.items() if not there.all())
         if missing and not self.config.camera_dropout:
             raise SpecMismatch(
@@ -187,7 +193,7 @@ class AutoregressiveWorldModel(TracedSampling, nn.Module):
             latents = {c: z[:, i] * seen[c][:, None, None, None] for c, z in units.frames.items()}
             frame = Frame(latents=latents, pose=units.poses[:, i], seen=seen)
             state = self.streaming.append(state, frame, units.actions[:, i - 1] if i else None, seeds)
-        return state
+            yield state
 
     @torch.no_grad()
     def imagine(

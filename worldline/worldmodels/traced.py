@@ -93,8 +93,9 @@ def sample_traced(
     streaming, seeds = model.streaming, seeds.to(model.device)
     levels = solver_levels(steps).tolist()
     given = model.network_units(seen)
-    state = model.observe(seen)
-    held_frames, held_poses = _held_of(model, seen)
+    held = list(model.observed(seen))  # each says how its frame is held as history
+    held_frames = {c: [state.latents[c] for state in held] for c in model.port.keys}
+    held_poses, state = [state.pose for state in held], held[-1]
     blocks = model._flat_actions(actions)
     traced: list[Renoised] = []
     latents: dict[str, list[Tensor]] = {c: list(z.unbind(1)) for c, z in given.frames.items()}
@@ -120,14 +121,14 @@ def sample_traced(
     units = replace(
         given, frames=whole, poses=torch.stack(poses, 1), actions=torch.cat([given.actions, blocks], 1), aims=None
     )
-    held = replace(
+    as_held = replace(
         units, frames={c: torch.stack(z, 1) for c, z in held_frames.items()}, poses=torch.stack(held_poses, 1)
     )
     t = given.poses.shape[1]
     imagined = unwhiten({c: z[:, t:] for c, z in whole.items()}, model.latent_spec)
     context = TracedDream(
         units=units,
-        held=held,
+        held=as_held,
         given=t,
         eta=eta,
         imagination=Imagination(latents=imagined, poses=model.pose_normalizer.denormalize(units.poses[:, t:])),
@@ -159,24 +160,6 @@ def trace_means(model: AutoregressiveWorldModel, trace: Trace) -> Float[Tensor, 
         for j in range(s)
     ]
     return torch.stack(means)
-
-
-def _held_of(model: AutoregressiveWorldModel, seen: Clip) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """The frames seen, as history holds them: each is what a state says after it was appended."""
-    frames: dict[str, list[Tensor]] = {c: [] for c in model.port.keys}
-    poses = []
-    for t in range(1, seen.poses.shape[1] + 1):
-        part = replace(
-            seen,
-            frames={c: z[:, :t] for c, z in seen.frames.items()},
-            poses=seen.poses[:, :t],
-            actions=seen.actions[:, : t - 1],
-        )
-        state = model.observe(part)
-        for c, z in state.latents.items():
-            frames[c].append(z)
-        poses.append(state.pose)
-    return frames, poses
 
 
 def _targets(model: AutoregressiveWorldModel, trace: Trace) -> tuple[FrameBatch, Tensor, slice]:

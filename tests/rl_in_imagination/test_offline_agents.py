@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.rl_in_imagination.integrator import SPEC, best_return, record, true_return
+from worldline.data.trajectories import join
 from worldline.errors import DatasetError, SpecMismatch, WorldlineError
 from worldline.rl_in_imagination.offline import (
     TD3BC,
@@ -25,7 +27,7 @@ from worldline.rl_in_imagination.offline import (
     fit_scaling,
     train_offline,
 )
-from worldline.rl_in_imagination.offline.replay import row_integers
+from worldline.rl_in_imagination.offline.replay import row_integers, step_weights
 from worldline.rl_in_imagination.offline.synthesis import tables
 
 SMALL = (16, 16)
@@ -237,6 +239,28 @@ def test_good_episodes_count_more() -> None:
     expected = float((weights * real.rewards).sum() / weights.sum())
     assert float(replay.batch(0).rewards.mean()) == pytest.approx(expected, abs=0.01)
     assert expected > float(real.rewards.mean()) + 0.03
+
+
+def test_imagined_pieces_are_weighed_among_themselves_and_do_not_scale_rewards() -> None:
+    """A piece of five good steps has less return than a whole episode of twenty bad ones, and is not the worse for it."""
+    real, pieces = record(20, 0), record(20, 1)
+    steps = torch.cat([start + torch.arange(5) for start in pieces.starts])
+    cut = replace(
+        pieces,
+        **{n: getattr(pieces, n)[steps] for n in ("observations", "actions", "rewards", "next_observations")},
+        terminated=torch.zeros(len(steps), dtype=torch.bool),
+        lengths=torch.full((20,), 5),
+        provenance=({"trajectory_model": "sha"},) * 20,
+    )
+    mixed = join([real, cut])
+    assert mixed.imagined.tolist() == [False] * 20 + [True] * 20 and not real.imagined.any()
+    weights = step_weights(mixed, 0.1)
+    assert torch.allclose(weights[: real.steps], step_weights(real, 0.1))
+    assert torch.allclose(weights[real.steps :], episode_weights(cut.returns, 0.1)[cut.episode])
+    assert fit_scaling(mixed, rewards="return-range").reward == fit_scaling(real, rewards="return-range").reward
+    assert fit_scaling(cut, rewards="return-range").reward == pytest.approx(
+        5 / float(cut.returns.max() - cut.returns.min())
+    )
 
 
 def test_what_cannot_be_learned_from_is_named() -> None:

@@ -11,7 +11,7 @@ from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
 from worldline.commands.sampling import SolverFlags, load_trajectory_model
 from worldline.data.minari import write_minari
-from worldline.data.trajectories import Trajectories
+from worldline.data.trajectories import IMAGINED_BY, Trajectories
 from worldline.errors import PolicyError, WorldlineError
 from worldline.eval import Report
 from worldline.eval.plots import score_bars
@@ -59,7 +59,7 @@ def run_synthesize_trajectories(config: SynthesizeTrajectories, *, progress: boo
     policy = None if config.policy is None else load_policy(config.policy, spec=model.spec)
     score = None if policy is None else policy_score(policy, model.spec)
     seeds = config.seed * 1_048_576 + torch.arange(config.trajectories)
-    about = {"trajectory_model": weights_of(config.trajectory_model), "policy": config.policy or "none"}
+    about = {IMAGINED_BY: weights_of(config.trajectory_model), "policy": config.policy or "none"}
     if policy is not None:
         about |= {"coefficient": f"{config.guidance.coefficient:g}", "guided_on": config.guidance.on}
     guidance = config.guidance if policy is not None else None

@@ -22,6 +22,9 @@ from worldline.types import ActionSpec, Observation, WorldSpec
 _ROUNDING = 1e-4  # of a dimension's range: how far an action may stand outside it, to be clipped in silence
 
 
+IMAGINED_BY = "trajectory_model"  # in the provenance of an episode that one made
+
+
 def control_spec(
     environment: str, observations: Sequence[str] | int, low: Sequence[float], high: Sequence[float], *, rate_hz: float
 ) -> WorldSpec:
@@ -123,6 +126,11 @@ class Trajectories:
     def returns(self) -> Float[Tensor, " e"]:
         """Sum of each episode's rewards."""
         return torch.zeros(len(self)).index_add(0, self.episode, self.rewards.float())
+
+    @property
+    def imagined(self) -> Bool[Tensor, " e"]:
+        """Which episodes a trajectory model made: pieces, whose returns are not those of whole episodes."""
+        return torch.tensor([IMAGINED_BY in about for about in self.provenance or ({},) * len(self)], dtype=torch.bool)
 
     def select(self, episodes: Iterable[int]) -> "Trajectories":
         """The episodes named, in that order."""

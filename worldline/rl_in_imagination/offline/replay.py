@@ -60,20 +60,21 @@ class Scaling:
 def fit_scaling(real: Trajectories, *, rewards: Literal["raw", "return-range"] = "raw") -> Scaling:
     """As published. Observations (TD3+BC, 2106.06860, section 5): less the mean, over the standard deviation + 1e-3. Rewards: left alone
     (TD3+BC), or times the longest episode's steps over the range of returns (IQL, 2110.06169: 1000 over it, D4RL's episodes
-    being of 1000 steps).
+    being of 1000 steps); of imagined pieces only where there is nothing else.
 
     Raises `DatasetError` for "return-range" where all returns are alike.
     """
     seen = real.observations.double()
     factor = 1.0
     if rewards == "return-range":
-        returns = real.returns
+        whole = real if real.imagined.all() else real.select((~real.imagined).nonzero()[:, 0].tolist())
+        returns = whole.returns
         spread = float(returns.max() - returns.min())
         if spread <= 0:
             raise DatasetError(
-                f"rewards return-range: episodes of different return required, got {len(real)} of {float(returns[0]):g}. Use raw."
+                f"rewards return-range: episodes of different return required, got {len(whole)} of {float(returns[0]):g}. Use raw."
             )
-        factor = int(real.lengths.max()) / spread
+        factor = int(whole.lengths.max()) / spread
     return Scaling(mean=seen.mean(0).float(), std=(seen.std(0, correction=0) + 1e-3).float(), reward=factor)
 
 
@@ -88,6 +89,15 @@ def episode_weights(returns: Float[Tensor, " e"], temperature: float) -> Float[T
     return weights / weights.mean()
 
 
+def step_weights(real: Trajectories, temperature: float) -> Float[Tensor, " n"]:
+    """`episode_weights` of each step: whole episodes among themselves, and imagined pieces, whose returns are of fewer steps, among themselves."""
+    weights = torch.empty(len(real))
+    for group in (~real.imagined, real.imagined):
+        if group.any():
+            weights[group] = episode_weights(real.returns[group], temperature)
+    return weights[real.episode]
+
+
 class Replay:
     """The tables and how they are drawn from.
 
@@ -95,7 +105,7 @@ class Replay:
         policies: of the members; says how observations are normalised and actions scaled, and the device.
         batch_size: rows a member and update.
         synthetic: how many of them are synthetic (once there are synthetic tables; before that all are real).
-        temperature: of `episode_weights`, by which real steps are drawn; None draws them evenly.
+        temperature: of `step_weights`, by which real steps are drawn; None draws them evenly.
     """
 
     def __init__(
@@ -116,7 +126,7 @@ class Replay:
         self.real = self._rows(real.observations, real.actions, real.rewards, real.next_observations, real.terminated)
         self.cumulative: Tensor | None = None
         if temperature is not None:
-            steps = episode_weights(real.returns, temperature)[real.episode].double()
+            steps = step_weights(real, temperature).double()
             self.cumulative = (steps.cumsum(0) / steps.sum()).to(device)
         # the real table, then the members' synthetic ones
         self.rows, self.per_member = self.real, 0

@@ -51,7 +51,7 @@ class OfflineConfig:
     rewards: Literal["raw", "return-range"] = "raw"
     """See `fit_scaling`."""
     temperature: float | None = None
-    """Of the weights of good episodes among the real data (`episode_weights`); None: all steps alike."""
+    """Of the weights of good episodes among the data given (`episode_weights`), imagined ones among themselves; None: all steps alike."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "synthesise_every", "evaluate_every", "save_every", "log_every"):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import GenericAlias
@@ -63,7 +64,7 @@ def write_together(files: Mapping[Path, bytes | str]) -> None:
 
     Raises `CheckpointError` if the disk is full or the folder cannot be written; the old files are then as they were.
     """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in files}
     path = None
     try:
         for path, content in files.items():

@@ -157,13 +157,15 @@ def _train(args: list[str]) -> None:
 
 
 def _claiming(run: Callable[[Any], Path], config: Any) -> Path:
-    """What a run gives. One that ends before it saved anything leaves its folder as it was."""
-    from worldline.commands.outputs import release_claim
+    """What a run gives. One that ends before it saved anything leaves its folder as it was: free, or another's."""
+    from worldline.commands.outputs import claimed, release_claim
 
+    held = claimed(config.out)
     try:
         return run(config)
     except Exception:
-        release_claim(config.out)
+        if not held:
+            release_claim(config.out)
         raise
 
 

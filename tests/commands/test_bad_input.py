@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,9 +19,12 @@ import torch
 
 from tests.commands.conftest import HORIZON, Lab, Run, Said, contents, record
 from tests.commands.dots import SIZE, WORLD, three_dimensional
+from worldline.cli import _claiming
 from worldline.data import LeRobotDataset
+from worldline.errors import WorldlineError
 from worldline.policies import CallablePolicy
 from worldline.policies.serve import PolicyServer
+from worldline.trainers.inputs import claim_output
 
 RUNNER, IDLER = "tests.commands.dots:runner", "tests.commands.dots:idler"
 
@@ -78,6 +82,35 @@ def test_no_dataset(worldline: Run, tmp_path: Path) -> None:
     refused(worldline(*tokenizer(tmp_path / "nope", tmp_path / "out")), "a LeRobotDataset required", "Correct the path")
     refused(worldline("inspect", tmp_path / "nope", "--out", tmp_path / "out"), "a LeRobotDataset required")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_command_leaves_the_claim_of_the_run_that_is_there(lab: Lab, tmp_path: Path) -> None:
+    """As while another process encodes latents: it has claimed the folder and saved nothing yet."""
+    config = Claimer(out=tmp_path / "out", stride=1)
+    claim(config)
+    with pytest.raises(WorldlineError, match="holds a run with other settings"):
+        _claiming(claim, replace(config, stride=3))
+    assert (tmp_path / "out" / "training" / "run.json").is_file()
+    assert claim(config) == config.out  # and it goes on
+    with pytest.raises(WorldlineError, match="nothing to train on"):
+        _claiming(broken, replace(config, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()  # its own is taken back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimer:
+    out: Path
+    stride: int
+
+
+def claim(config: Claimer) -> Path:
+    claim_output(config.out, "world-model", config, identity=("stride",))
+    return config.out
+
+
+def broken(config: Claimer) -> Path:
+    claim(config)
+    raise WorldlineError("nothing to train on")
 
 
 def test_another_version(damaged: Path, worldline: Run, tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.commands.conftest import Lab, Run, record
 from tests.commands.dots import WORLD
+from worldline.commands import recording
 from worldline.commands.independence import shared_with_training
-from worldline.commands.rollouts import fingerprint_of
+from worldline.commands.rollouts import fingerprint_of, weights_of
+from worldline.data import LeRobotDataset
 from worldline.sim.record import episode_seed
 from worldline.types import Observation
 
@@ -30,6 +33,27 @@ def seen(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("seen") / "rollouts"
     record(folder, 10, "--policy", lab.bc)
     return folder
+
+
+def test_a_recording_knows_the_weights_of_its_policy(lab: Lab, seen: Path, tmp_path: Path) -> None:
+    """By what they are: one that was interrupted is not gone on with by a policy that was trained further in its folder."""
+    (told,) = {LeRobotDataset(seen).episode(i).provenance["policy_weights"] for i in range(10)}
+    assert told == weights_of(lab.bc)
+    policy = Path(shutil.copytree(lab.bc, tmp_path / "bc"))
+    staging = tmp_path / "out" / ".staging"
+
+    def interrupted(*_: object, **options: Any) -> Path:
+        noted.append(options["provenance"])
+        return staging
+
+    noted: list[dict[str, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "record", interrupted)
+        config = recording.Record(world=WORLD, out=tmp_path / "out", policy=f"{policy}@noise=1")
+        recording.run_record(config, progress=False)
+        (policy / "model.safetensors").write_bytes((lab.other / "model.safetensors").read_bytes())
+        recording.run_record(config, progress=False)
+    assert noted[0] == {"policy_weights": told} != noted[1]
 
 
 def test_policies_nobody_saw_are_not_mentioned(lab: Lab) -> None:

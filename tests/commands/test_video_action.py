@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands.conftest import Lab, Run, do, record
 from tests.commands.test_all_verbs import results
 from tests.commands.test_refine import SMALL
 from worldline.commands.acting import load_acting
+from worldline.commands.asking import gone_on
 from worldline.commands.rollouts import identity_of
 from worldline.data import LeRobotDataset
 from worldline.policies import SteeredPolicy, VideoActionPolicy, load_policy
 from worldline.rl_in_imagination.planning import BestOfN
+from worldline.types import Clip
 from worldline.worldmodels import VideoActionModel, load_world_model
 
 TRAIN = ["--max-steps", 3, "--loop.batch-size", 4, "--loop.warmup", 1, "--model.trunk.width", 16, "--model.trunk.depth", 1,
@@ -167,3 +170,21 @@ def test_planning_is_one_more_policy_by_name(va: Path, lab: Lab, worldline: Run,
     ):
         said = worldline("rank", *judges, "--out", tmp_path / "wrong", "--policies", lab.bc, wrong)
         assert said.code == 2 and expected in said.err, said.err
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+def test_a_longer_dream_goes_on_from_as_many_frames_as_the_model_looks_back_at(ahead: int) -> None:
+    """Also where it imagines fewer at a time: those known before are kept."""
+
+    def frames(poses: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"top": poses[..., None, None].expand(-1, -1, 3, 2, 2)}
+
+    now = torch.zeros(1, 1, 1)
+    seen = Clip(frames=frames(now), poses=now, actions=torch.zeros(1, 0, 2, 1), instruction=("go",))
+    for i in range(1, 6):
+        new = (i - 1) * ahead + torch.arange(1.0, ahead + 1)[None, :, None]
+        seen = gone_on(seen, frames(new), new, 3)
+        last, count = i * ahead, min(3, 1 + i * ahead)
+        assert seen.poses.flatten().tolist() == [float(n) for n in range(last - count + 1, last + 1)]
+        assert torch.equal(seen.frames["top"][:, :, 0, 0, 0], seen.poses[..., 0]) and seen.instruction == ("go",)
+        assert seen.actions.shape == (1, count - 1, 2, 1)

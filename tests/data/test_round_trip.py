@@ -124,6 +124,8 @@ def test_interrupted_recording_resumes(tmp_path: Path) -> None:
         LeRobotDataset(tmp_path / "d")
     with pytest.raises(DatasetError, match="another spec"):
         DatasetWriter(tmp_path / "d", toy_spec(control_steps=2), resume=True)
+    with pytest.raises(DatasetError, match="another held_out"):
+        DatasetWriter(tmp_path / "d", toy_spec(), resume=True, held_out=[0])
     again = DatasetWriter(tmp_path / "d", toy_spec(), resume=True)
     assert again.staged() == {0}
     with pytest.raises(DatasetError, match="already staged"):

@@ -1,6 +1,6 @@
 """Episodes that end at success, as most Gymnasium tasks do: one rule for them in labels, replays and scorers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -96,6 +96,19 @@ def test_success_between_two_strided_frames_is_not_lost(ended) -> None:
     replays = every(ended, held=True, stride=2)
     assert replays.frame_success is not None and replays.poses.shape[1] == LENGTH // 2
     assert replays.frame_success.any(1).tolist() == [True] * WON + [False] * LOST
+
+
+def test_a_scorer_is_calibrated_by_the_labels_that_replays_have(ended, monkeypatch) -> None:
+    """At a stride too: what the first threshold comes from is what it is then tried on."""
+    judge = SuccessScorer(SuccessConfig(hidden=8, encoder=EncoderConfig(window=2, channels=(8,), features=8)), SPEC)
+    monkeypatch.setattr(stage, "score_video", lambda _scorer, video, _: torch.zeros(len(next(iter(video.values())))))
+    (chosen,) = open_datasets((ended.root,), "all")
+    for stride in (1, 2, 3, 4):
+        replays = every(ended, held=True, stride=stride)
+        _, labels, over = stage.read_episodes(judge, [replace(chosen, stride=stride)], None)
+        assert replays.frame_success is not None
+        for own, label, end in zip(replays.frame_success, labels, over):
+            assert torch.equal(own[: len(label)], label) and end == bool(label[-1])
 
 
 def test_a_scorer_is_calibrated_and_audited_on_them(ended, monkeypatch) -> None:

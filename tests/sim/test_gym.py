@@ -4,10 +4,13 @@ import gymnasium
 import pytest
 import torch
 
-from tests.sim.toys import POINT
+from tests.sim.toys import POINT, PointEnv, Push
+from worldline.data import LeRobotDataset
 from worldline.errors import SimulatorError
 from worldline.sim import SimulatedWorld, make_world
 from worldline.sim.gym import GymWorld
+from worldline.sim.record import record
+from worldline.sim.rollout import rollout_policy
 
 
 def test_consumed_actions_spec_and_pictures() -> None:
@@ -44,6 +47,30 @@ def test_unknown_success_is_none() -> None:
     world = GymWorld("MountainCarContinuous-v0", cameras=(), rate_hz=20.0)
     world.reset(0)
     assert world.step(torch.zeros(4, 1)).success is None
+
+
+def test_success_that_is_told_at_the_end_alone_is_a_success(tmp_path, monkeypatch) -> None:
+    """Many simulators are silent until an episode is over: that is "not yet", in records and in rollouts."""
+    spoken = PointEnv.step
+
+    def silent(self, action):
+        seen, reward, done, cut, info = spoken(self, action)
+        return seen, reward, done, cut, info if done else {}
+
+    monkeypatch.setattr(PointEnv, "step", silent)
+
+    def push() -> Push:
+        return Push(make_world(f"gym/{POINT}", cameras=(), control_steps=2).spec, 0.1)
+
+    record(f"gym/{POINT}", tmp_path / "data", episodes=1, policy=push, horizon=60, control_steps=2, progress=False)
+    episode = LeRobotDataset(tmp_path / "data").episode(0)
+    assert episode.success is True and episode.terminated and episode.frame_success is not None
+    assert episode.frame_success.tolist() == [False] * (len(episode) - 1) + [True]
+    options = {"cameras": (), "control_steps": 2}
+    (rolled,) = rollout_policy(f"gym/{POINT}", push(), seeds=[3], horizon=60, **options)
+    assert rolled.success is True
+    (cut,) = rollout_policy(f"gym/{POINT}", push(), seeds=[3], horizon=4, **options)
+    assert cut.success is None and cut.frame_success is None  # nothing was said
 
 
 def test_mistakes_are_named() -> None:

@@ -18,8 +18,8 @@ from worldline.eval.replays import load_replays, open_for, within_range
 from worldline.policies import ClonedPolicy, PolicyConfig
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
 from worldline.tokenizers import load_tokenizer
-from worldline.trainers import policy, scorer, tokenizer, video_action, world_model, world_model_edm
-from worldline.trainers.inputs import FrameBatches, open_datasets
+from worldline.trainers import inputs, policy, scorer, tokenizer, video_action, world_model, world_model_edm
+from worldline.trainers.inputs import FrameBatches, frame_weights, open_datasets
 from worldline.types import CameraSpec
 from worldline.worldmodels import EDMConfig, load_world_model
 
@@ -213,6 +213,22 @@ def test_no_row_through_the_tokenizer_is_no_error(seed, patches):
     frames = {"top": torch.zeros(1, 6, 16, 16, dtype=torch.uint8)}
     shown = scorer.half_reconstructed(load_tokenizer(patches), frames, torch.Generator().manual_seed(seed))
     assert shown["top"].shape == frames["top"].shape
+
+
+def test_images_are_drawn_from_each_dataset_by_its_frames_and_backgrounds_are_not_hoarded(dots, monkeypatch):
+    selections = [*open_datasets((dots,), "all"), *open_datasets((dots,), "all", max_episodes=1)]
+    (camera,) = selections[0].spec.cameras
+    monkeypatch.setattr(inputs, "MEDIAN_BYTES", 3 * 3 * camera.height * camera.width)
+    batches = FrameBatches(selections, motion_weight=6.0, frames_per_episode=1)
+    drawn = []
+    for which, s in enumerate(selections):
+        rows = s.store.rows
+        s.store.rows = lambda *key, which=which, rows=rows: drawn.append(which) or rows(*key)
+    images, weights = batches.batch(0, 0, 200)
+    assert images.shape[0] == weights.shape[0] == 200 and len(batches._median) <= 3
+    share = float(frame_weights(selections)[1] / frame_weights(selections).sum())
+    first = [which for which in drawn if which == 1]
+    assert share < 0.2 and len(first) / len(drawn) < 2 * share + 0.1
 
 
 def test_of_data_too_large_for_memory_little_is_decoded(dots, monkeypatch):

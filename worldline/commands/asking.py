@@ -5,10 +5,12 @@ video, joint      what may happen? the model goes on from the episode's first fr
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from worldline.errors import WorldlineError
@@ -98,6 +100,16 @@ def _found(model: VideoActionModel, whole: Clip, mode: str, seed: int) -> Tensor
     return torch.stack(blocks).cpu()
 
 
+def gone_on(
+    seen: Clip, latents: Mapping[str, Float[Tensor, "1 f c _h _w"]], poses: Float[Tensor, "1 f p"], history: int
+) -> Clip:
+    """The last `history` frames of what was known and what was imagined after it: where fewer are imagined at a time, older ones stay known."""
+    frames = {c: torch.cat([seen.frames[c].cpu(), z.cpu()], 1)[:, -history:] for c, z in latents.items()}
+    known = torch.cat([seen.poses.cpu(), poses.cpu()], 1)[:, -history:]
+    k, a = seen.actions.shape[2:]
+    return replace(seen, frames=frames, poses=known, actions=torch.zeros(1, known.shape[1] - 1, k, a))
+
+
 def _dreamt(
     dream: Dream,
     model: VideoActionModel,
@@ -111,7 +123,6 @@ def _dreamt(
     seen, t, horizon = _seen(whole, 0, 1), whole.poses.shape[1], model.config.horizon
     latents: dict[str, list[Tensor]] = {c: [] for c in whole.frames}
     actions: list[Tensor] = []
-    k, a = whole.actions.shape[2:]
     ahead = horizon if model.config.targets == "dense" else 1
     query = (JOINT if mode == "joint" else VIDEO).first(ahead, horizon)
     for begin in range(0, t - 1, ahead):
@@ -126,12 +137,6 @@ def _dreamt(
         for c, z in made.latents.items():
             latents[c].append(z.cpu())
         actions.append(made.actions.cpu())
-        keep = min(model.config.history, ahead)
-        seen = Clip(
-            frames={c: z[:, -keep:].cpu() for c, z in made.latents.items()},
-            poses=made.poses[:, -keep:].cpu(),
-            actions=torch.zeros(1, keep - 1, k, a),
-            instruction=whole.instruction,
-        )
+        seen = gone_on(seen, made.latents, made.poses, model.config.history)
     whole_video = {c: torch.cat(z, 1)[:, : t - 1] for c, z in latents.items()}
     return whole_video, torch.cat(actions, 1)[0, : t - 1] if mode == "joint" else None

@@ -43,8 +43,14 @@ def check_video_file(out: Path) -> None:
         raise WorldlineError(f"--out {out}: {blocked[0]} is a file, a folder is required there.")
 
 
+def claimed(out: Path) -> bool:
+    """Whether some run holds `out`, this one or another that is going on there."""
+    return any((out / name).exists() for name in CLAIMS)
+
+
 def release_claim(out: Path) -> None:
-    """Take back the claim on `out` of a run that ended before it saved anything: a mistake must not bind the folder."""
+    """Take back the claim on `out` of a run that ended before it saved anything: a mistake must not bind the folder. Only whoever found it
+    free before (not `claimed`) may do so."""
     held = [path for path in out.rglob("*") if not path.is_dir()]
     if not held or any(path.relative_to(out).as_posix() not in CLAIMS for path in held):
         return

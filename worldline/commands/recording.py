@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from worldline.commands.acting import load_acting
-from worldline.commands.outputs import check_report_folder, release_claim
+from worldline.commands.outputs import check_report_folder, claimed, release_claim
+from worldline.commands.rollouts import weights_of
 from worldline.data import UNKNOWN, LeRobotDataset, Problem, inspect_dataset
 from worldline.errors import DatasetError, WorldlineError
 from worldline.eval import Report
@@ -59,6 +60,11 @@ def run_record(config: Record, *, progress: bool = True) -> Path:
                 f"--policy {label!r}: one of {', '.join(ALL_POLICIES)}, a policy folder, module:function or ws://host:port required"
             )
         policy = partial(_load, config, label)
+    held, about = claimed(config.out), {"actions": UNKNOWN} if config.without_actions else {}
+    if Path(folder := label.partition("@")[0]).is_dir():
+        about["policy_weights"] = weights_of(
+            folder
+        )  # trained further it is another policy, whose episodes are not to be mixed in
     try:
         return record(
             config.world,
@@ -73,11 +79,12 @@ def run_record(config: Record, *, progress: bool = True) -> Path:
             control_steps=config.control_steps,
             processes=config.processes or min(cores(), max(1, config.episodes // 8)),
             resume=(config.out / ".staging").is_dir(),
-            provenance={"actions": UNKNOWN} if config.without_actions else None,
+            provenance=about,
             progress=progress,
         )
     except WorldlineError:
-        release_claim(config.out)
+        if not held:
+            release_claim(config.out)
         raise
 
 

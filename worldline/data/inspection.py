@@ -5,7 +5,7 @@ frames a second), which is the only way to find a camera that stood still or a f
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def inspect_dataset(dataset: LeRobotDataset, *, max_episodes: int | None = None)
         "control_steps": dataset.spec.control_steps,
         "cameras": {c.name: [c.height, c.width] for c in dataset.spec.cameras},
         "tasks": dict(Counter(dataset.episode_table["instruction"])),
-        "success_by_cause": _success_table(dataset, chosen),
+        "success_by_cause": _success_table(dataset, chosen, absent={p.episode for p in problems if p.kind == "data"}),
         "episodes_without_actions": len(numbers) - len(acted),
         "actions": _action_table(dataset, acted),
         "lag": lag,
@@ -219,14 +219,18 @@ def _lags(dataset: LeRobotDataset, numbers: Sequence[_Numbers]) -> tuple[dict[st
 # --- Success, coverage, pictures --------------------------------------------------------------------------------------
 
 
-def _success_table(dataset: LeRobotDataset, chosen: Sequence[int]) -> dict[str, dict[str, int]]:
+def _success_table(
+    dataset: LeRobotDataset, chosen: Sequence[int], *, absent: Set[int | None]
+) -> dict[str, dict[str, int]]:
+    """Of the episodes `absent`, whose numbers cannot be read, only what the recorder noted is known."""
     table: dict[str, dict[str, int]] = {}
     for index in chosen:
         row = dataset.episode_table.loc[index]
         cause = row["provenance"].get("cause", "unknown")
         entry = table.setdefault(cause, {"episodes": 0, "success": 0, "failure": 0, "unknown": 0})
         entry["episodes"] += 1
-        entry[{True: "success", False: "failure", None: "unknown"}[dataset.success(index)]] += 1
+        success = row["success"] if index in absent else dataset.success(index)
+        entry[{True: "success", False: "failure", None: "unknown"}[success]] += 1
     return table
 
 

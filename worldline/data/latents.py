@@ -10,6 +10,7 @@ two latents. Actions, poses and instructions are kept too: training needs neithe
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from worldline.errors import CheckpointError, DatasetError
 from worldline.types import Clip, VideoTokenizer, WorldSpec
 
 log = logging.getLogger(__name__)
+INDEX_EVERY = 5.0  # seconds between two writings of the index, which holds all episodes: what a killed process encoded since, it encodes again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +95,21 @@ class LatentCache:
         }
         if (root / "cache.json").is_file():
             index |= _resumed(root, index)
-        for number in tqdm(chosen, desc="encode", unit="episode", disable=not progress):
-            if str(number) not in index["lengths"]:
-                tensors = _encode_episode(dataset, number, tokenizer, stride, device, batch_frames, half)
+        chosen = [i for i in chosen if str(i) not in index["lengths"]]
+        noted = time.monotonic()
+        try:
+            for number in tqdm(chosen, desc="encode", unit="episode", disable=not progress):
+                r = latent.frames_per_latent
+                tensors = _encode_episode(dataset, number, tokenizer, r, stride, device, batch_frames, half)
                 write_tensors(_file(root, number), tensors)
-                index["lengths"][str(number)] = [
-                    len(tensors[f"{j}/poses"]) for j in range(stride) if f"{j}/poses" in tensors
-                ]
+                lengths = [len(tensors[f"{j}/poses"]) for j in range(stride) if f"{j}/poses" in tensors]
+                index["lengths"][str(number)] = lengths
                 index["instructions"][str(number)] = str(dataset.episode_table.loc[number, "instruction"])
+                if time.monotonic() - noted > INDEX_EVERY:
+                    write_json(root / "cache.json", index)
+                    noted = time.monotonic()
+        finally:
+            if chosen and index["lengths"]:
                 write_json(root / "cache.json", index)
         return cls(root, index)
 
@@ -199,14 +208,15 @@ def _encode_episode(
     dataset: LeRobotDataset,
     number: int,
     tokenizer: VideoTokenizer,
+    r: int,
     stride: int,
     device: str | torch.device,
     batch_frames: int,
     half: bool,
 ) -> dict[str, Tensor]:
+    """Of r frames a latent."""
     episode = dataset.episode(number)
     frames = {camera: video[:] for camera, video in episode.frames.items()}
-    r = tokenizer.latent_spec.frames_per_latent
     out: dict[str, Tensor] = {}
     for phase in range(min(stride, len(episode))):
         count = (len(episode) - 1 - phase) // (stride * r) + 1  # latents

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from worldline.data.lerobot_assemble import IMAGES
 from worldline.errors import DatasetError
@@ -71,7 +72,9 @@ def _episodes_v3(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
         ]
         table[f"first:{key}"] = np.round(raw[prefix + "from_timestamp"].to_numpy() * info["fps"]).astype(int)
     for name in ("success", "terminated", "truncated", "initial_success"):
-        table[name] = [_optional(value) for value in raw[name]] if name in raw else None
+        table[name] = (
+            [_optional(value, f"{root}/meta/episodes, column {name}") for value in raw[name]] if name in raw else None
+        )
         table[name] = table[name].astype(object)
     table["provenance"] = [json.loads(text) for text in raw["provenance"]] if "provenance" in raw else _empty(table)
     return table
@@ -135,10 +138,15 @@ def camera_specs(info: Mapping[str, Any]) -> dict[str, CameraSpec]:
     cameras = {}
     for key in video_keys(info):
         entry = info["features"][key]
-        names = list(entry.get("names") or ["height", "width", "channels"])
-        shape = dict(zip(names, entry["shape"], strict=True))
-        if not {"height", "width"} <= set(shape):
-            raise DatasetError(f"meta/info.json, {key}: names height, width and channels required, got {names}.")
+        sizes = [int(n) for n in entry["shape"]]
+        channels_first = len(sizes) == 3 and sizes[0] in (1, 3, 4) and sizes[2] not in (1, 3, 4)
+        usual = ["channels", "height", "width"] if channels_first else ["height", "width", "channels"]
+        names = list(entry.get("names") or usual)
+        if not {"height", "width"} <= set(names) or len(names) != len(sizes):
+            raise DatasetError(
+                f"meta/info.json, {key}: names height, width and channels of a shape of three required, got {names} of {sizes}."
+            )
+        shape = dict(zip(names, sizes, strict=True))
         cameras[key] = CameraSpec(name=key.removeprefix(IMAGES), height=shape["height"], width=shape["width"])
     return cameras
 
@@ -189,6 +197,55 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise DatasetError(f"{path}: not a readable parquet file ({error}). Fetch the file again.") from error
 
 
+def known_rewards(numbers: Mapping[str, np.ndarray], *, last_counts: bool) -> torch.Tensor | None:
+    """Of the blocks between frames. That of the last row, which leads to no frame, goes to the last block where others recorded one there."""
+    rewards = numbers.get("next.reward")
+    if rewards is None or not np.isfinite(rewards).all():
+        return None
+    known = rewards[:-1, 0].copy()
+    if last_counts and len(known):
+        known[-1] += rewards[-1, 0]
+    return torch.from_numpy(known)
+
+
+def named_episodes(index: pd.Index) -> str:
+    """For messages: which episodes there are."""
+    every = [int(i) for i in index]
+    if every == list(range(len(every))):
+        return f"episodes 0 to {len(every) - 1}"
+    return f"one of {len(every)} episodes ({', '.join(map(str, every[:6]))}{', ...' if len(every) > 6 else ''})"
+
+
+def matrix(column: pa.ChunkedArray, episode: int, name: str) -> np.ndarray:
+    """A column as float32 (t, d); nulls are NaN. Raises `DatasetError` for vectors of several widths."""
+    rows = len(column)
+    nested = pa.types.is_nested(column.type)
+    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if nested else column
+    if len(flat) % max(rows, 1):
+        raise DatasetError(f"episode {episode}, column {name}: vectors of one width required. Fetch the file again.")
+    if pa.types.is_boolean(flat.type):
+        flat = flat.cast(pa.uint8())
+    return np.array(flat.to_pandas(), dtype=np.float32).reshape(rows, -1)
+
+
+def in_order(rows: pa.Table) -> pa.Table:
+    """An episode's rows by `frame_index`, where there is one."""
+    if "frame_index" not in rows.schema.names:
+        return rows
+    number = rows["frame_index"].to_numpy()
+    return rows if (np.diff(number) > 0).all() else rows.take(pa.array(np.argsort(number, kind="stable")))
+
+
+def file_end(path: Path, size: int = 16_384) -> bytes:
+    """Length and last bytes of a file, empty if it is not there: of parquet the part that says where each column is and what range it has."""
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        length = file.seek(0, 2)
+        file.seek(max(0, length - size))
+        return str(length).encode() + file.read()
+
+
 def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -205,8 +262,15 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise DatasetError(f"{path}: not valid JSON lines ({error}). Fetch the file again.") from error
 
 
-def _optional(value: Any) -> bool | None:
-    return None if value is None or value != value else bool(value)
+def _optional(value: Any, where: str) -> bool | None:
+    """A flag that may be unknown. Anything but true, false, 1 and 0 raises: of a text it cannot be known what it says."""
+    if value is None or value != value:
+        return None
+    if not isinstance(value, (bool, int, float, np.bool_, np.number)) or value not in (0, 1):
+        raise DatasetError(
+            f"{where}: true, false, 1, 0 or nothing required, got {value!r}. Rename the column, or correct it."
+        )
+    return bool(value)
 
 
 def _empty(table: pd.DataFrame) -> list[dict[str, str]]:

@@ -26,6 +26,11 @@ from worldline.data.lerobot_meta import (
     action_spec,
     camera_specs,
     column_names,
+    file_end,
+    in_order,
+    known_rewards,
+    matrix,
+    named_episodes,
     read_episodes,
     read_info,
     read_parquet,
@@ -87,7 +92,7 @@ class LeRobotDataset:
         self._extras: dict[str, Any] = self.info.get("worldline", {})
         self._split_seed = split_seed
         self._success_column = success_column
-        own = "spec" in self._extras
+        self._own = own = "spec" in self._extras
         default_poses = ["observation.state"] if "observation.state" in self.info["features"] else []
         self.action_columns = list(action_columns or ["action"])
         self.pose_columns = list(default_poses if pose_columns is None else pose_columns)
@@ -108,7 +113,8 @@ class LeRobotDataset:
         if action_range is not None:
             low, high = (tuple(map(float, bound)) for bound in action_range)
             action = replace(action, low=low, high=high)
-        poses = column_names(self.info, self.pose_columns) if base is None or pose_columns else base.pose_names
+        told = base is not None and pose_columns is None
+        poses = base.pose_names if told else column_names(self.info, self.pose_columns)
         self.spec = WorldSpec(
             cameras=specs,
             fps=float(self.info["fps"]) if base is None else base.fps,
@@ -144,8 +150,13 @@ class LeRobotDataset:
         return int(self._row(index)["length"])
 
     def terminated(self, index: int) -> bool:
-        """Whether episode `index` came to an end of its own (success, a fall), rather than being cut."""
-        return bool(self._row(index)["terminated"])
+        """Whether episode `index` came to an end of its own (success, a fall), rather than being cut. Where the recorder does not say: whether
+        it was done (`next.done`) with a success in its last row."""
+        said = self._row(index)["terminated"]
+        if said is not None or not {"next.done", "next.success"} <= set(self.info["features"]):
+            return bool(said)
+        numbers = self.numbers(index)
+        return bool(numbers["next.done"][-1, 0] > 0.5 and numbers["next.success"][-1, 0] > 0.5)
 
     def acts(self, index: int) -> bool:
         """Whether the actions of episode `index` are known. Those of video alone (`record --without-actions`) are not."""
@@ -168,22 +179,26 @@ class LeRobotDataset:
         if reached is not None and np.isfinite(reached).all():
             start = bool(row["initial_success"])  # no control step led to frame 0 unless the recorder says so
             frame_success = torch.from_numpy(np.append(start, reached[: length - 1, 0] > 0.5))
+            if (
+                not self._own
+            ):  # what the last action led to has no frame: of an end at success that row is the only label
+                frame_success[-1] |= bool(reached[-1, 0] > 0.5)
         success = self.success(index)
         from_column = success is not None and row["success"] is None
         scorer = {"scorer": f"dataset column {self._success_column or 'next.success'}"} if from_column else {}
         if not self.acts(index):
             blocks = np.full_like(blocks, np.nan)
-        k, a = self.spec.control_steps, self.spec.action.dim
+        k, a, ended = self.spec.control_steps, self.spec.action.dim, self.terminated(index)
         return Episode(
             frames=self.frames(index),
             actions=torch.from_numpy(np.ascontiguousarray(blocks)).float().reshape(length - 1, k, a),
             poses=torch.from_numpy(np.concatenate(poses, axis=1) if poses else np.zeros((length, 0))).float(),
             states=torch.from_numpy(states).float(),
-            rewards=_known_rewards(numbers),
+            rewards=known_rewards(numbers, last_counts=not self._own),
             frame_success=frame_success,
             success=success,
-            terminated=bool(row["terminated"]),
-            truncated=True if row["truncated"] is None else bool(row["truncated"]),
+            terminated=ended,
+            truncated=not ended if row["truncated"] is None else bool(row["truncated"]),
             instruction=row["instruction"],
             spec=self.spec,
             index=index,
@@ -223,13 +238,13 @@ class LeRobotDataset:
         """Columns of episode `index` as float arrays (t, d), unchecked: nulls are NaN, an action is in every row."""
         row = self._row(index)
         table = self._table(row["data_file"])
-        mine = table.filter(pa.array(table["episode_index"].to_numpy() == index))
+        mine = in_order(table.filter(pa.array(table["episode_index"].to_numpy() == index)))
         if len(mine) != row["length"]:
             raise DatasetError(
                 f"{row['data_file']}: {row['length']} rows of episode {index} required, got {len(mine)}. "
                 "Fetch the file again."
             )
-        return {name: _matrix(mine[name], index, name) for name in table.schema.names if name != "episode_index"}
+        return {name: matrix(mine[name], index, name) for name in table.schema.names if name != "episode_index"}
 
     def _table(self, path: str) -> pa.Table:
         if path not in self._tables:
@@ -237,7 +252,11 @@ class LeRobotDataset:
             wanted = [*self.action_columns, *self.pose_columns, self._success_column or "episode_index"]
             if absent := [name for name in ("episode_index", *wanted) if name not in names]:
                 raise DatasetError(f"{path}: columns {absent} required, got {names}. Choose other columns.")
-            optional = [n for n in ("next.reward", "next.success", STATES, "timestamp") if n in names]
+            optional = [
+                n
+                for n in ("frame_index", "next.reward", "next.success", "next.done", STATES, "timestamp")
+                if n in names
+            ]
             columns = list(dict.fromkeys(["episode_index", *wanted, *optional]))
             self._tables[path] = read_parquet(Path(path), columns=columns)
             while len(self._tables) > OPEN_TABLES:
@@ -248,7 +267,7 @@ class LeRobotDataset:
     def _row(self, index: int) -> Any:
         if index not in self.episode_table.index:
             raise DatasetError(
-                f"{self.root}: episodes 0 to {len(self) - 1} required, got {index}. Choose one of these."
+                f"{self.root}: {named_episodes(self.episode_table.index)} required, got {index}. Choose one of these."
             )
         return self.episode_table.loc[index]
 
@@ -286,14 +305,17 @@ class LeRobotDataset:
             )
         return chosen
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with metadata, episodes or their statistics."""
-        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True).encode())
+        """Sixteen hex digits that change with metadata, episodes, their statistics, the columns read, or a file of numbers."""
+        columns = [self.action_columns, self.pose_columns, self._success_column]
+        digest = hashlib.sha256(json.dumps([self.info, columns], sort_keys=True).encode())
         digest.update(self.episode_table[["length", "instruction"]].to_csv().encode())
         for name in ("meta/stats.json", "meta/episodes_stats.jsonl"):
             if (self.root / name).is_file():
                 digest.update((self.root / name).read_bytes())
+        for path in sorted(set(self.episode_table["data_file"])):
+            digest.update(file_end(Path(path)))
         return digest.hexdigest()[:16]
 
     def validate(self, episodes: Sequence[int] | None = None) -> list[Problem]:
@@ -334,24 +356,6 @@ def common_range(datasets: Sequence[LeRobotDataset]) -> list[LeRobotDataset]:
     low = wide[0].low if declared else [min(bounds) for bounds in zip(*(a.low for a in wide))]
     high = wide[0].high if declared else [max(bounds) for bounds in zip(*(a.high for a in wide))]
     return [d.with_range(low, high) if d.range_observed and d.spec.action.dim == len(low) else d for d in datasets]
-
-
-def _known_rewards(numbers: Mapping[str, np.ndarray]) -> torch.Tensor | None:
-    rewards = numbers.get("next.reward")
-    if rewards is None or not np.isfinite(rewards).all():
-        return None
-    return torch.from_numpy(rewards[:-1, 0].copy())
-
-
-def _matrix(column: pa.ChunkedArray, episode: int, name: str) -> np.ndarray:
-    rows = len(column)
-    nested = pa.types.is_nested(column.type)
-    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if nested else column
-    if len(flat) % max(rows, 1):
-        raise DatasetError(f"episode {episode}, column {name}: vectors of one width required. Fetch the file again.")
-    if pa.types.is_boolean(flat.type):
-        flat = flat.cast(pa.uint8())
-    return np.array(flat.to_pandas(), dtype=np.float32).reshape(rows, -1)
 
 
 def _packets(video: VideoFrames) -> np.ndarray | str:

@@ -92,6 +92,7 @@ class DatasetWriter:
         if (self.root / "meta/info.json").exists():
             raise DatasetError(f"{self.root}: already holds a finished dataset. Choose another output folder.")
         settings = {"spec": to_json(self.spec), "codec": self.codec, "crf": self.crf, "gop": self.gop}
+        settings |= {"held_out": self.held_out, "split_seed": self.split_seed}
         if self.staging.is_dir():
             if not resume:
                 raise DatasetError(
@@ -357,7 +358,8 @@ def write_dataset(
         settings: `DatasetWriter`'s.
     """
     if like is not None:
-        kept = {"held_out": [i for i in range(len(like)) if like.held_out(i)], "range_observed": like.range_observed}
+        held_out = [number for number, i in enumerate(like.split("all")) if like.held_out(i)]
+        kept = {"held_out": held_out, "range_observed": like.range_observed}
         settings = kept | settings
     writer: DatasetWriter | None = None
     for number, episode in enumerate(episodes):

@@ -68,7 +68,7 @@ class RobustNormalizer:
         kept: list[Tensor] = []
         keys: list[Tensor] = []
         for chunk in chunks:
-            rows = chunk.detach().reshape(-1, chunk.shape[-1]).cpu()
+            rows = chunk.detach()[None].flatten(0, -2).cpu()
             kept.append(rows)
             keys.append(torch.rand(len(rows), generator=generator))
             if sum(map(len, kept)) > 2 * max_rows:

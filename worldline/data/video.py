@@ -26,6 +26,7 @@ from torch import Tensor
 from worldline.errors import DatasetError
 
 os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings for every file unless told: errors only
+BACK = 2  # frames that a window with something missing is first read from earlier
 CODEC_NAMES = {"libsvtav1": "av1", "libaom-av1": "av1", "libx264": "h264", "libx265": "hevc"}
 
 
@@ -149,11 +150,16 @@ def decode_window(video: VideoFrames, start: int, stop: int) -> UInt8[Tensor, "t
         )
     out = np.empty((stop - start, video.height, video.width, 3), dtype=np.uint8)
     got = np.zeros(stop - start, dtype=bool)
-    cause = ""
-    try:
-        _decode_into(out, got, video, video.first + start)
-    except FFmpegError as error:
-        cause = f" ({error.strerror})"
+    cause, begin = "", video.first + start
+    back = BACK
+    while True:
+        try:
+            _decode_into(out, got, video, video.first + start, begin)
+        except FFmpegError as error:
+            cause = f" ({error.strerror})"
+        if got.all() or begin == 0:
+            break
+        begin, back = max(0, begin - back), 8 * back
     if not got.all():
         raise DatasetError(
             f"{video.path}: {len(got)} frames required (from frame {video.first + start} of the file), "
@@ -162,15 +168,17 @@ def decode_window(video: VideoFrames, start: int, stop: int) -> UInt8[Tensor, "t
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
-def _decode_into(out: np.ndarray, got: np.ndarray, video: VideoFrames, first: int) -> None:
+def _decode_into(out: np.ndarray, got: np.ndarray, video: VideoFrames, first: int, begin: int) -> None:
+    """Fill `out` with the frames from `first` on, decoding from the last key frame at or before `begin`. Of some streams (HEVC, open groups of
+    pictures) the first frames behind a key frame cannot be decoded from there."""
     with av.open(str(video.path)) as container:
         if not container.streams.video:
             return
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # loaders run one process a core
         assert stream.time_base is not None
-        if first > 0:
-            container.seek(int(first / video.fps / stream.time_base), stream=stream, backward=True)
+        if begin > 0:
+            container.seek(int(begin / video.fps / stream.time_base), stream=stream, backward=True)
         full, rgb = VideoReformatter(), VideoReformatter()
         for frame in container.decode(stream):
             if frame.pts is None:

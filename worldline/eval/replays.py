@@ -12,7 +12,7 @@ from torch import Tensor
 from worldline.data import LeRobotDataset, require_actions, strided
 from worldline.errors import DatasetError
 from worldline.rl_in_imagination.dream import Dream
-from worldline.types import ActionSpec, Observation, WorldSpec, require_match
+from worldline.types import ActionSpec, Episode, Observation, WorldSpec, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +93,7 @@ def load_replays(
     labels = [e.frame_success for e in read]
     success = None
     if all(label is not None for label in labels):
-        # a strided frame is a success if any frame since the one before it was
-        done = [_strided_any(label, stride) for label in labels if label is not None]
-        for i, label, seen in zip(chosen, labels, done):
-            if held and label is not None and dataset.terminated(i):
-                seen[-1] |= label[-1]  # it ended between two strided frames
+        done = [strided_success(e, stride, ended=held and e.terminated) for e in read]
         success = torch.stack([_first(seen, t) for seen in done])
 
     def video(frames: Any) -> Tensor:
@@ -208,8 +204,15 @@ def within_range(replays: Replays, spec: ActionSpec, *, clip: bool) -> Replays:
     return replays
 
 
-def _strided_any(label: Tensor, stride: int) -> Tensor:
-    if stride == 1:
-        return label
-    groups = label[1:][: (len(label) - 1) // stride * stride].unflatten(0, (-1, stride)).any(1)
-    return torch.cat([label[:1], groups])
+def strided_success(episode: Episode, stride: int, *, ended: bool) -> Bool[Tensor, " t"]:
+    """Success of every `stride`-th frame of a labelled episode: whether any frame since the one before it was one. Of one that `ended` where it
+    does the last one has what came behind it, too: it ended between two strided frames."""
+    label = episode.frame_success
+    assert label is not None, "a labelled episode"
+    seen = label.clone()
+    if stride > 1:
+        groups = label[1:][: (len(label) - 1) // stride * stride].unflatten(0, (-1, stride)).any(1)
+        seen = torch.cat([label[:1], groups])
+    if ended:
+        seen[-1] |= label[-1]
+    return seen

@@ -120,6 +120,7 @@ class ThroughTokenizer:
 
     def __init__(self, policy: Policy, tokenizer: VideoTokenizer) -> None:
         self.policy, self.tokenizer, self.spec = policy, tokenizer, policy.spec
+        self._cameras = tuple(tokenizer.latent_spec.shapes)
 
     def reset(self, n: int) -> Any:
         return self.policy.reset(n)
@@ -127,7 +128,7 @@ class ThroughTokenizer:
     def act(
         self, observation: Observation, state: Any, *, seeds: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n m a"], Any]:
-        frames = {camera: observation.images[camera][:, None] for camera in self.tokenizer.latent_spec.shapes}
+        frames = {camera: observation.images[camera][:, None] for camera in self._cameras}
         seen = {
             camera: video[:, 0].cpu() for camera, video in self.tokenizer.decode(self.tokenizer.encode(frames)).items()
         }

@@ -52,6 +52,12 @@ class SimStep:
     truncated: bool
 
 
+def told_success(said: Sequence[bool | None]) -> list[bool] | None:
+    """Success after each block of an episode by what its simulator said: silence beside a word is "not yet" (many speak at the end alone), silence
+    throughout is not knowing (None)."""
+    return None if all(word is None for word in said) else [bool(word) for word in said]
+
+
 @runtime_checkable
 class SimulatedWorld(Protocol):
     """One simulated scene. `reset(seed)` decides everything: the same seed and actions give the same pixels."""

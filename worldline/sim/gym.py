@@ -2,7 +2,7 @@
 
 What Gymnasium does not say is stated here and can be overridden: the control rate is `metadata["render_fps"]`, actions are
 declared absolute in a mixed space, and the embodiment is the environment's id. The flattened observation is both pose and
-state, unless it is an image. Success is `info["is_success"]` or `info["success"]`; without either it is unknown (None).
+state, unless it is an image. Success is `info["is_success"]` or `info["success"]`, "not yet" while neither is there before it is told; never told it is unknown (None).
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from worldline.data.lerobot_read import UNKNOWN
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError, SimulatorError, WorldlineError
 from worldline.executor import ChunkExecutor
-from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world, observation
+from worldline.sim.base import SimFrame, SimStep, SimulatedWorld, make_world, observation, told_success
 from worldline.sim.scripted import ScriptedPolicy, scripted_policy
 from worldline.sim.workers import end_with_parent, worker_context
 from worldline.types import Policy, WorldSpec, require_match
@@ -208,8 +208,7 @@ class _Worker:
         except Exception as error:
             error.add_note(f"while recording episode {index} (start {seed}) with policy {self.job.label}")
             raise
-        success = [step.success for step in steps]
-        known = None not in success
+        success = told_success([step.success for step in steps])
         writer.stage(
             index,
             frames={c.name: torch.stack([f.images[c.name] for f in frames]) for c in self.world.spec.cameras},
@@ -217,8 +216,8 @@ class _Worker:
             poses=torch.stack([f.pose for f in frames]),
             states=torch.stack([f.state for f in frames]),
             rewards=torch.tensor([step.reward for step in steps]),
-            frame_success=torch.tensor([False, *success]) if known else None,
-            success=any(success) if known else None,
+            frame_success=None if success is None else torch.tensor([False, *success]),
+            success=None if success is None else any(success),
             terminated=steps[-1].terminated,
             truncated=steps[-1].truncated,
             instruction=self.world.instruction,
@@ -227,7 +226,7 @@ class _Worker:
                 "policy": self.job.label,
                 "cause": cause,
                 "seed": str(seed),
-                **({"scorer": "simulator"} if known else {}),
+                **({"scorer": "simulator"} if success is not None else {}),
                 **self.job.provenance,
             },
         )

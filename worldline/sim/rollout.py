@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from worldline.errors import SimulatorError
 from worldline.executor import ChunkExecutor
-from worldline.sim.base import SimFrame, SimStep, make_world, observation
+from worldline.sim.base import SimFrame, SimStep, make_world, observation, told_success
 from worldline.sim.workers import WorldPool
 from worldline.types import Observation, Policy, require_match
 
@@ -199,14 +199,14 @@ class _Record:
         self._ended = (step.terminated, step.truncated)
 
     def result(self) -> RolloutResult:
-        known = None not in self._success
+        success = told_success(self._success)
         kept = None
         if self._keep:
             kept = {c: torch.stack([images[c] for images in self._images]) for c in self._first.images}
         return RolloutResult(
             seed=self._seed,
-            success=any(self._success) if known else None,
-            frame_success=torch.tensor([False, *self._success]) if known else None,
+            success=None if success is None else any(success),
+            frame_success=None if success is None else torch.tensor([False, *success]),
             first_images=self._first.images,
             poses=torch.stack(self._poses),
             states=torch.stack(self._states),

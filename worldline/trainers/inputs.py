@@ -1,6 +1,7 @@
 """What every training stage does before it trains: open the datasets, choose episodes, claim the output folder."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,9 +135,11 @@ def fit_normalizers(selections: Sequence[Selection]) -> tuple[RobustNormalizer, 
     """Action and pose normalisers of the selected episodes. Raises `DatasetError` naming an episode with NaN, or without actions."""
     for s in selections:
         require_actions(s.dataset, s.episodes)
-    episodes = [s.dataset.episode(i) for s in selections for i in s.episodes]
-    actions = torch.cat([e.actions.flatten(0, 1) for e in episodes])
-    return RobustNormalizer.fit(actions), RobustNormalizer.fit(torch.cat([e.poses for e in episodes]))
+    fit = RobustNormalizer.fit_streaming
+    episodes = [(s.dataset, i) for s in selections for i in s.episodes]
+    return fit(dataset.episode(i).actions for dataset, i in episodes), fit(
+        dataset.episode(i).poses for dataset, i in episodes
+    )
 
 
 def strided_numbers(selections: Sequence[Selection], stride: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,13 +209,17 @@ def require_length(
         )
 
 
+MEDIAN_FRAMES = 15  # of an episode, from which its background is taken
+MEDIAN_BYTES = 2**28  # of backgrounds kept in memory
+
+
 class FrameBatches:
-    """Images drawn for tokenizer training, with a weight that lifts pixels unlike the episode's median frame."""
+    """Images drawn for tokenizer training, from each dataset by its number of frames, with a weight that lifts pixels unlike the episode's median."""
 
     def __init__(self, selections: Sequence[Selection], *, motion_weight: float, frames_per_episode: int = 8) -> None:
         self.selections, self.motion_weight, self.per_episode = selections, motion_weight, frames_per_episode
-        self.spec = selections[0].dataset.spec
-        self._median: dict[tuple[int, int, str], Tensor] = {}
+        self.spec, self.weights = selections[0].dataset.spec, frame_weights(selections)
+        self._median: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
         """uint8 images "n 3 h w" of one camera and weights "n 1 h w" with mean one."""
@@ -220,7 +227,7 @@ class FrameBatches:
         camera = self.spec.cameras[step % len(self.spec.cameras)].name
         images, weights = [], []
         while len(images) < size:
-            which = int(torch.randint(len(self.selections), (), generator=generator))
+            which = int(torch.multinomial(self.weights, 1, generator=generator))
             s = self.selections[which]
             episode = s.episodes[int(torch.randint(len(s.episodes), (), generator=generator))]
             length = s.dataset.length(episode)
@@ -233,9 +240,16 @@ class FrameBatches:
         return torch.stack(images), torch.stack(weights)
 
     def _background(self, which: int, episode: int, camera: str) -> Tensor:
+        """The median of frames spread over an episode; the latest used are kept."""
         key = (which, episode, camera)
         if key not in self._median:
-            self._median[key] = self.selections[which].store.frames(episode, camera).median(dim=0).values
+            s = self.selections[which]
+            spread = torch.linspace(0, s.dataset.length(episode) - 1, MEDIAN_FRAMES).round().long().unique()
+            shown = [s.store.rows(episode, camera, row[None])[0] for row in spread]
+            self._median[key] = torch.stack(shown).median(dim=0).values
+            while len(self._median) > max(1, MEDIAN_BYTES // self._median[key].numel()):
+                self._median.popitem(last=False)
+        self._median.move_to_end(key)
         return self._median[key].float()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from worldline.errors import DatasetError
 from worldline.eval.calibration import platt, success_threshold
+from worldline.eval.replays import strided_success
 from worldline.rl_in_imagination.spoiled import blur
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer, episode_probability, episode_success
 from worldline.tokenizers import Tokenizer, load_tokenizer
@@ -167,8 +168,7 @@ def read_episodes(
     for s in selections:
         for number in s.episodes:
             episode = s.dataset.episode(number)
-            times, labels = frame_labels(s.stride)(episode)
-            if not len(times):
+            if episode.frame_success is None:
                 continue
             video = {c: s.store.frames(number, c)[:: s.stride] for c in scorer.encoder.names}
             if tokenizer is not None:
@@ -176,7 +176,7 @@ def read_episodes(
                 batched = {c: x[None].to(device) for c, x in video.items()}
                 video = {c: x[0].cpu() for c, x in tokenizer.decode(tokenizer.encode(batched)).items()}
             logits.append(score_video(scorer, video, episode.instruction))
-            done.append(labels[:: s.stride] > 0.5)
+            done.append(strided_success(episode, s.stride, ended=episode.terminated))
             ended.append(episode.terminated)
     if not logits:
         raise DatasetError("held-out episodes with success labels are required to calibrate a scorer, got none")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from worldline.errors import SpecMismatch
+
 if TYPE_CHECKING:
     from worldline.trainers.loop import LoopConfig
 
@@ -31,13 +33,13 @@ def build_optimizers(model: nn.Module, config: "LoopConfig") -> list[torch.optim
     """AdamW, or Muon and AdamW. Weight decay for matrices and kernels only.
 
     Muon (Jordan et al. 2024, torch.optim.Muon) takes orthogonalised steps in the hidden matrices. Its updates are scaled
-    to the size of AdamW's (2502.16982). Raises `ValueError` if the model does not name its matrices.
+    to the size of AdamW's (2502.16982). Raises `SpecMismatch` if the model does not name its matrices.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden: list[nn.Parameter] = []
     if config.optimizer == "muon":
         if not isinstance(model, FastTraining):
-            raise ValueError(
+            raise SpecMismatch(
                 f"optimizer muon requires a model with hidden_matrices(), got {type(model).__name__}: use adamw"
             )
         hidden = [p for p in model.hidden_matrices() if p.requires_grad]

@@ -113,8 +113,8 @@ class LeRobotDataset:
         if action_range is not None:
             low, high = (tuple(map(float, bound)) for bound in action_range)
             action = replace(action, low=low, high=high)
-        told = base is not None and pose_columns is None
-        poses = base.pose_names if told else column_names(self.info, self.pose_columns)
+        poses = base.pose_names if base is not None and pose_columns is None else None
+        poses = column_names(self.info, self.pose_columns) if poses is None else poses
         self.spec = WorldSpec(
             cameras=specs,
             fps=float(self.info["fps"]) if base is None else base.fps,

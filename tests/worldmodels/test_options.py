@@ -314,6 +314,20 @@ def test_own_history_is_the_models_own_dream_of_the_clip():
                 assert torch.allclose(z, again.frames[camera], atol=1e-3)
 
 
+def test_own_history_takes_no_gradient_from_a_weight_in_half_precision():
+    """Torch before 2.11 kept the copies that autocast made of weights under no_grad, and gave them to the pass that is to learn."""
+
+    def learned(half: bool) -> set[str]:
+        model = model_of(own_history=0.999, own_rounds=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, _ = model.loss(clip_of(2, 5, 3), torch.Generator().manual_seed(0))
+        loss.backward()
+        return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+    whole = learned(half=False)
+    assert whole and whole <= learned(half=True)
+
+
 def test_training_on_own_history_reaches_the_weights_and_says_so_in_its_loss():
     clip = clip_of(2, 6, 3)
     plain, own = model_of(), model_of(own_history=0.999, own_rounds=2)

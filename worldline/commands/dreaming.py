@@ -13,7 +13,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.asking import ask
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
-from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream, load_scorer
 from worldline.data import LeRobotDataset
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
@@ -347,7 +347,7 @@ def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
         inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
         pose_probes=by_camera({f"--pose-probes {path}": Probe.from_pretrained(path) for path in config.pose_probes}),
         identity=Probe.from_pretrained(config.identity_probe) if config.identity_probe else None,
-        scorer=SuccessScorer.from_pretrained(config.scorer) if config.scorer else None,
+        scorer=load_scorer(config.scorer) if config.scorer else None,
     )
     if judges.action_free is not None:
         require_match(spec, judges.action_free.spec, between="world model and --action-free")

@@ -196,6 +196,28 @@ def test_a_video_is_filled_in_over_several_rounds():
     assert 0 < int(same.sum()) < same.numel()
 
 
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_query_that_training_never_asked_is_refused(name):
+    shares = {other: 1.0 for other in QUERIES if other != name} | {name: 0.0}
+    model, seen, seeds = build("uwm", shares=shares), first(clip_of(2, 2), 2), torch.arange(2)
+    given = {
+        "frames": coming(clip_of(2, 3), 2) if name == "inverse" else None,
+        "actions": torch.zeros(2, 1, 2, 2) if name == "forward" else None,
+    }
+    query = QUERIES[name].first(1, F)
+    refused = rf"learned the {name} query is required, the share of that is 0.* a share of {name} in --model\.shares"
+    with pytest.raises(SpecMismatch, match=refused):
+        model.sample(seen, query, seeds=seeds, **given)
+    for asked, actions in (("forward", torch.zeros(2, 1, 2, 2)), ("video", None)):
+        if name == asked:
+            with pytest.raises(SpecMismatch, match=refused):
+                model.imagine(model.observe(seen), actions, seeds=seeds)
+        else:
+            model.imagine(model.observe(seen), actions, seeds=seeds)
+    model.also_learned = (name,)  # its data asked for it
+    model.sample(seen, query, seeds=seeds, **given)
+
+
 # --- the world model's contract ---------------------------------------------------------------------------------------
 
 

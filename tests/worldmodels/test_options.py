@@ -227,6 +227,14 @@ def test_guidance_leads_away_from_the_dream_without_actions():
     assert (one - free).abs().max() > 1e-3
 
 
+def test_what_reads_memory_cannot_be_what_the_cache_holds():
+    """Histories of training read none."""
+    shown = LevelDistribution(clean=0.5, high=0.5)
+    assert model_of(history=shown).with_sampling(cache_write="last-step", solver_steps=2)
+    with pytest.raises(ValueError, match=r"cache_write='clean' required with a memory of 4 frames"):
+        model_of(network={"memory": MEMORY}, history=shown).with_sampling(cache_write="last-step", solver_steps=2)
+
+
 def test_the_last_step_can_be_what_the_cache_holds():
     history = LevelDistribution(clean=0.5, high=0.5)
     model = model_of(history=history, solver_steps=2)

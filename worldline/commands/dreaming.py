@@ -70,6 +70,10 @@ class Imagine(SamplingFlags):
         _at_least(self, frames=2, solver_steps=1)
         if self.guide is not None and self.mode != "joint":
             raise ValueError(f"--guide is for --mode joint, in which actions are imagined; got --mode {self.mode}")
+        if self.actions != "true" and self.mode != "forward":
+            raise ValueError(
+                f"--actions is for --mode forward, in which the dream is given some; got --actions {self.actions} and --mode {self.mode}"
+            )
 
 
 def _at_least(config: Any, **least: int) -> None:
@@ -107,7 +111,8 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
             require_match(dream.spec, guide.spec, between=f"world model and policy {config.guide}")
         told = replace(replays, instruction=starts.instruction)
         guidance = Guidance(coefficient=config.guide_coefficient)
-        ask(dream, told, config.mode, config.out, seed=config.seed, guide=guide, guidance=guidance)
+        options = {"seed": config.seed, "steps": config.solver_steps, "guide": guide, "guidance": guidance}
+        ask(dream, told, config.mode, config.out, **options)
         return config.out
     made = rollout(
         dream,

@@ -249,6 +249,11 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         report.warning(f"{' '.join(map(str, config.data))} holds no success labels: the replay diagnostic was not run.")
     if opened.left_out:
         report.warning(_left_out(opened, config.frames))
+    if gone := results["diverged"]:
+        report.warning(
+            f"{gone['episodes']} of {results['episodes']} episodes diverged from frame {gone['from_frame']} on: their imagined poses are no finite numbers. The pose error "
+            "is not told from there; their pictures count in all else as they are."
+        )
     if ranges["outside"]:
         report.warning(f"{ranges['outside']} of {ranges['values']} action values were out of range and are clipped.")
     if config.i3d is not None and results["fvd"]["reason"]:

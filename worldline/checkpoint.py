@@ -150,6 +150,11 @@ def fingerprint(tensors: Mapping[str, Tensor], config: Any = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def best_device() -> str:
+    """Where a trained part is put that is to be used: the GPU, if torch finds one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def save_part(
     folder: str | Path,
     *,

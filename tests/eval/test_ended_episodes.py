@@ -1,18 +1,22 @@
 """Episodes that end at success, as most Gymnasium tasks do: one rule for them in labels, replays and scorers."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.oracles import GOAL, SPEC, DotScorer, draw
+from tests.oracles import GOAL, SPEC, DotScorer, ExactDotWorldModel, dot_tokenizer, draw
+from worldline.commands import dreaming, ranking
 from worldline.data import LeRobotDataset
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.eval.ranking import replay_diagnostic, score_frames
 from worldline.eval.replays import join_replays, load_replays
 from worldline.policies.encoder import EncoderConfig
+from worldline.rl_in_imagination.dream import Dream
 from worldline.rl_in_imagination.success import SuccessConfig, SuccessScorer
 from worldline.trainers import scorer as stage
 from worldline.trainers.inputs import open_datasets
@@ -32,7 +36,7 @@ class Exact(SuccessScorer):
     def __init__(self, rule: Rule | None = None) -> None:
         nn.Module.__init__(self)
         self.config: Any = rule or Rule()
-        self.reset, self.step = DotScorer().reset, DotScorer().step
+        self.reset, self.step, self.spec, self.window = DotScorer().reset, DotScorer().step, SPEC, 1
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,31 @@ def test_a_scorer_is_calibrated_and_audited_on_them(ended, monkeypatch) -> None:
     assert facts["held_out_successes"] == count and facts["episode_accuracy"] == 1
     found = stage.audit(calibrated, chosen)
     assert found["exact"] == 1 and found["static"] == found["first_quarter"] == 0
+
+
+class Sampled(ExactDotWorldModel):
+    """As a trained one says how it is sampled."""
+
+    def __init__(self) -> None:
+        super().__init__(dot_tokenizer())
+        self.sampling: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("frames", [None, 18])
+def test_eval_finds_the_success_that_rank_finds(ended, frames, monkeypatch, tmp_path) -> None:
+    """By default the fastest success cut every episode before any other; with more --frames successes were left out as too short."""
+    dream = Dream(Sampled(), dot_tokenizer())
+    monkeypatch.setattr(dreaming, "load_dream", lambda *_: dream)
+    monkeypatch.setattr(dreaming, "TrainedWorldModel", Sampled)
+    monkeypatch.setattr(SuccessScorer, "from_pretrained", lambda _: Exact())
+    data: dict[str, Any] = {"world_model": Path("wm"), "scorer": Path("s"), "data": (ended.root,), "frames": frames}
+    dreaming.run_eval(dreaming.Evaluate(**data, out=tmp_path / "eval", split="all"), progress=False)
+    told = json.loads((tmp_path / "eval" / "report.json").read_text())
+
+    ranked = ranking.Rank(**data, policies=("a", "b"), out=tmp_path / "rank", replays="all")
+    judges = ranking._Judges(dream=dream, scorer=Exact(), kept=ranking.Kept(tmp_path / "rank"), identity=[])
+    found = ranking._replay(ranked, judges, ranking._load_replays(ranked, dream), progress=False)
+    assert found is not None and found.by_cause["policy"][:2] == (14, WON)
+    assert told["results"]["replay_diagnostic"]["by_cause"]["policy"] == list(found.by_cause["policy"])
+    assert told["results"]["frames"] == (frames or 6)  # videos are compared as far as all of them go
+    assert any("7 of these" in w and "terminated" in w for w in told["warnings"]) == (frames is not None)

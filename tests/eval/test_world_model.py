@@ -1,15 +1,53 @@
 """What the evaluation concludes from its tables."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
+from tests.oracles import ExactDotWorldModel, dot_tokenizer
+from tests.trainers.toy import write_dots
+from worldline.commands import dreaming
 from worldline.eval.probes import Probe
 from worldline.eval.replays import Replays, join_replays
 from worldline.eval.world_model import action_following, worst_gains
+from worldline.rl_in_imagination.dream import Dream
+from worldline.types import TensorState
+
+
+class Diverging(ExactDotWorldModel):
+    """Its first row's poses are infinite from the fourth imagined frame on."""
+
+    sampling: ClassVar[dict[str, Any]] = {}
+
+    def observe(self, clip):
+        state = super().observe(clip)
+        return TensorState(tensors={**state.tensors, "age": torch.zeros(state.rows)}, rows=state.rows)
+
+    def imagine(self, state, actions, *, seeds):
+        after, made = super().imagine(state, actions, seeds=seeds)
+        age = state.tensors["age"] + 1
+        lost = (seeds == 0) & (age > 3)
+        poses = torch.where(lost[:, None, None], torch.inf, made.poses)
+        return TensorState(tensors={**after.tensors, "age": age}, rows=len(age)), replace(made, poses=poses)
+
+
+def test_a_dream_that_diverges_does_not_lose_the_evaluation(tmp_path, monkeypatch) -> None:
+    """The report refused what is not finite, after hours."""
+    dream = Dream(Diverging(dot_tokenizer()), dot_tokenizer())
+    monkeypatch.setattr(dreaming, "load_dream", lambda *_: dream)
+    monkeypatch.setattr(dreaming, "TrainedWorldModel", Diverging)
+    data, out = write_dots(tmp_path / "data", episodes=4), tmp_path / "report"
+    asked = dreaming.Evaluate(world_model=Path("wm"), data=(data,), split="all", out=out, videos=0)
+    told = json.loads((dreaming.run_eval(asked, progress=False) / "report.json").read_text())
+    errors = told["results"]["pose_error"]
+    assert len(errors) == 11 and errors[3:] == [None] * 8 and max(errors[:3]) < 0.01
+    assert told["results"]["diverged"] == {"episodes": 1, "from_frame": 4}
+    assert any("1 of 4 episodes diverged from frame 4 on" in warning for warning in told["warnings"])
 
 
 def row(horizon: int, gain: float, *, half: float = 1.0, camera: str = "rgb", baseline: str = "copy-first") -> dict:

@@ -14,6 +14,7 @@ from worldline.rl_in_imagination.collect import Decisions, collect, require_acto
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.episodes import ImaginedEpisodes
 from worldline.rl_in_imagination.ppo import PPOConfig, Updater, ValueNetwork, clipped_loss
+from worldline.types import TensorState
 
 EYES = EncoderConfig(channels=(16, 16, 16), features=32, shift=0)
 
@@ -108,6 +109,28 @@ def test_a_chunk_of_several_blocks_ends_where_the_episode_does() -> None:
     assert made.terminated.any() and (made.after[made.terminated] > GOAL).all()
     assert (made.after[made.terminated] < GOAL + 0.13).all()  # what came within the chunk after success is not counted
     assert first.abs().max() < 3 * 0.13
+
+
+def test_what_a_policy_remembers_goes_on_within_an_episode_and_begins_with_it() -> None:
+    seen = []
+
+    class Counting(type(leaning())):  # how often a row was asked since its episode began
+        def reset(self, n):
+            return TensorState(tensors={"asked": torch.zeros(n)}, rows=n)
+
+        def chunk(self, choice, observation, state):
+            seen.append(state.tensors["asked"])
+            asked = TensorState(tensors={"asked": state.tensors["asked"] + 1}, rows=len(state))
+            return super().chunk(choice, observation, state)[0], asked
+
+    policy = leaning(lean=0.6)
+    policy.__class__ = Counting
+    made = collect(world(rows=8, horizon=4), policy, where, decisions=9, seed=0)
+    expected = torch.zeros(8)
+    for i in range(9):
+        assert torch.equal(seen[i], expected)
+        expected = torch.where(made.ended[:, i], 0.0, expected + 1)
+    assert made.ended[:, :-1].any()
 
 
 def test_shaping_moves_reward_and_not_the_optimum() -> None:

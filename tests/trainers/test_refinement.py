@@ -188,6 +188,16 @@ def test_a_diffusion_policy_is_steered(judges, held_out, dots, tmp_path) -> None
     assert isinstance(again, SteeredPolicy)
 
 
+@pytest.mark.parametrize("kind", ["bc", "diffusion"])
+def test_a_policy_is_refined_on_the_gpu_where_there_is_one(kind, tmp_path, monkeypatch) -> None:
+    small_policy(kind).save_pretrained(tmp_path / "p")
+    sent = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *to, **_: sent.append((module, *to)) or module)
+    actor = load_actor(tmp_path / "p", SPEC, least_std=0.1)
+    assert sent[-1] == (actor, "cuda")  # with what steers it, before an optimiser is made of its weights
+
+
 def test_a_world_model_that_changes_is_an_error(held_out, dots, cloned, tmp_path) -> None:
     tokenizer = dot_tokenizer()
     scorer = SuccessScorer(SuccessConfig(), SPEC)

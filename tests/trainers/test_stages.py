@@ -98,6 +98,39 @@ def test_training_goes_on_from_other_weights_by_its_own_settings(dots, patches, 
     assert then.action_normalizer.to_dict() == before.action_normalizer.to_dict()
 
 
+@pytest.fixture(scope="module")
+def told(dots, patches, tmp_path_factory) -> Path:
+    """A world model that reads instructions."""
+    config = world_model_config(dots, patches, tmp_path_factory.mktemp("told") / "wm", loop=loop(1))
+    return world_model.run(dataclasses.replace(config, model=AutoregressiveConfig(network=NETWORK, text="hashed")))
+
+
+@pytest.mark.parametrize("text", ["none", "hashed"])
+def test_training_goes_on_with_the_text_encoder_that_a_model_has(text, dots, patches, told, tmp_path):
+    asked = AutoregressiveConfig(network=NETWORK, text=text)  # none: the flag was not repeated
+    config = world_model_config(dots, patches, tmp_path / "then", init_from=told, loop=loop(1))
+    then, _ = load_world_model(world_model.run(dataclasses.replace(config, model=asked), progress=False))
+    assert then.reads_instructions
+
+
+def test_a_text_encoder_that_a_model_lacks_is_refused_before_training(dots, patches, dreamer, tmp_path):
+    asked = AutoregressiveConfig(network=NETWORK, text="hashed")
+    config = world_model_config(dots, patches, tmp_path / "then", init_from=dreamer, loop=loop(1))
+    with pytest.raises(SpecMismatch, match=r"--model\.text none required, .* got hashed"):
+        world_model.run(dataclasses.replace(config, model=asked), progress=False)
+    assert not (tmp_path / "then").exists()
+
+
+def test_clips_must_be_as_long_as_the_window_of_the_weights_that_training_goes_on_from(
+    dots, patches, dreamer, tmp_path
+):
+    wide = AutoregressiveConfig(network=replace(NETWORK, window=12))  # of no account: the weights have one of 4
+    config = world_model_config(dots, patches, tmp_path / "then", init_from=dreamer, loop=loop(1))
+    assert dataclasses.replace(config, model=wide, frames=6).frames == 6
+    with pytest.raises(SpecMismatch, match=r"its window \(4\) required.* --frames 3"):
+        world_model.run(dataclasses.replace(config, frames=3), progress=False)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, patches, tmp_path, monkeypatch):
     options = {"loop": loop(6, batch_size=4, save_every=2, eval_every=6, optimizer=optimizer)}

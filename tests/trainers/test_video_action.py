@@ -12,7 +12,7 @@ from worldline import checkpoint
 from worldline.data import UNKNOWN, LeRobotDataset, write_dataset
 from worldline.errors import WorldlineError
 from worldline.trainers import video_action
-from worldline.worldmodels.video_action import TrunkConfig, VideoActionConfig
+from worldline.worldmodels.video_action import TrunkConfig, VideoActionConfig, VideoActionModel
 
 MODEL = {
     "trunk": TrunkConfig(width=48, depth=2, heads=4, patch=1, registers=2),
@@ -85,6 +85,18 @@ def test_a_batch_says_which_rows_may_be_asked_for_actions_and_video_takes_its_sh
         assert len(clip.poses) == 600 and torch.equal(acted, imitated) and 0.12 < 1 - acted.float().mean() < 0.28
         known = torch.isfinite(clip.actions).flatten(1).all(1)
         assert bool(known[acted].all()) and (settings.video or torch.equal(known, acted))
+
+
+def test_what_data_without_actions_taught_is_known_after_loading(dots, patches, tmp_path):
+    """By its shares it never learned video, nor what actions lead to; of video alone, and of what is not to be imitated, it did."""
+    shares = {"policy": 1.0}
+    options = {"video": (write_dots(tmp_path / "more"),), "demonstrations": "success"}
+    for name, more, expected in (("a", options, ("forward", "video")), ("b", {}, ())):
+        run = config(dots, patches, tmp_path / name, steps=1, model={"shares": shares}, **more)
+        model = VideoActionModel.from_pretrained(video_action.run(run, progress=False))
+        assert model.also_learned == expected
+        assert set(facts(tmp_path / name, "world-model")) >= {"policy_error"}
+        assert ("error_vs_copy" in facts(tmp_path / name, "world-model")) == bool(expected)
 
 
 @pytest.mark.parametrize("design", ["uwm", "uva"])

@@ -227,6 +227,14 @@ def test_guidance_leads_away_from_the_dream_without_actions():
     assert (one - free).abs().max() > 1e-3
 
 
+def test_what_reads_memory_cannot_be_what_the_cache_holds():
+    """Histories of training read none."""
+    shown = LevelDistribution(clean=0.5, high=0.5)
+    assert model_of(history=shown).with_sampling(cache_write="last-step", solver_steps=2)
+    with pytest.raises(ValueError, match=r"cache_write='clean' required with a memory of 4 frames"):
+        model_of(network={"memory": MEMORY}, history=shown).with_sampling(cache_write="last-step", solver_steps=2)
+
+
 def test_the_last_step_can_be_what_the_cache_holds():
     history = LevelDistribution(clean=0.5, high=0.5)
     model = model_of(history=history, solver_steps=2)
@@ -312,6 +320,20 @@ def test_own_history_is_the_models_own_dream_of_the_clip():
             )
             for camera, z in own.frames.items():
                 assert torch.allclose(z, again.frames[camera], atol=1e-3)
+
+
+def test_own_history_takes_no_gradient_from_a_weight_in_half_precision():
+    """Torch before 2.11 kept the copies that autocast made of weights under no_grad, and gave them to the pass that is to learn."""
+
+    def learned(half: bool) -> set[str]:
+        model = model_of(own_history=0.999, own_rounds=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, _ = model.loss(clip_of(2, 5, 3), torch.Generator().manual_seed(0))
+        loss.backward()
+        return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+    whole = learned(half=False)
+    assert whole and whole <= learned(half=True)
 
 
 def test_training_on_own_history_reaches_the_weights_and_says_so_in_its_loss():

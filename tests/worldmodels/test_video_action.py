@@ -183,7 +183,7 @@ def test_acting_calls_no_video_head_and_runs_the_trunk_over_few_tokens():
 
 
 def test_a_video_is_filled_in_over_several_rounds():
-    model = scrambled(build("uva", decode_rounds=3))
+    model = scrambled(build("uva", decode_rounds=3, masked=(0.5, 1.0)))
     passes = []
     model.network.trunk.register_forward_hook(lambda *_: passes.append(1))
     seen = first(clip_of(2, 2), 2)
@@ -194,6 +194,37 @@ def test_a_video_is_filled_in_over_several_rounds():
     # the places of the first round are those of one round; later rounds look at them
     same = (once.latents["top"] - made.latents["top"]).abs().amax((1, 2)) < 1e-5
     assert 0 < int(same.sum()) < same.numel()
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_query_that_training_never_asked_is_refused(name):
+    shares = {other: 1.0 for other in QUERIES if other != name} | {name: 0.0}
+    model, seen, seeds = build("uwm", shares=shares), first(clip_of(2, 2), 2), torch.arange(2)
+    given = {
+        "frames": coming(clip_of(2, 3), 2) if name == "inverse" else None,
+        "actions": torch.zeros(2, 1, 2, 2) if name == "forward" else None,
+    }
+    query = QUERIES[name].first(1, F)
+    refused = rf"learned the {name} query is required, the share of that is 0.* a share of {name} in --model\.shares"
+    with pytest.raises(SpecMismatch, match=refused):
+        model.sample(seen, query, seeds=seeds, **given)
+    for asked, actions in (("forward", torch.zeros(2, 1, 2, 2)), ("video", None)):
+        if name == asked:
+            with pytest.raises(SpecMismatch, match=refused):
+                model.imagine(model.observe(seen), actions, seeds=seeds)
+        else:
+            model.imagine(model.observe(seen), actions, seeds=seeds)
+    model.also_learned = (name,)  # its data asked for it
+    model.sample(seen, query, seeds=seeds, **given)
+
+
+def test_rounds_that_show_more_than_training_showed_are_refused():
+    build("uva").with_sampling(decode_rounds=2)  # 29% of the places, and training showed up to 30%
+    for rounds, shown, allows in ((3, "50%", "0.5"), (4, "62%", "0.38")):
+        with pytest.raises(ValueError, match=rf"shows {shown} .* training at most 30% .*--model\.masked {allows} 1 in"):
+            build("uva").with_sampling(decode_rounds=rounds)
+        build("uva", masked=(float(allows), 1.0)).with_sampling(decode_rounds=rounds)
+    build("uwm").with_sampling(decode_rounds=3)  # which has no rounds
 
 
 # --- the world model's contract ---------------------------------------------------------------------------------------

@@ -3,24 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from worldline.commands.sampling import load_dream
+from worldline.commands.sampling import load_dream, load_scorer
 from worldline.errors import PolicyError
 from worldline.policies import Corrupted, VideoActionPolicy, load_policy
 from worldline.rl_in_imagination.planning import BestOfN
-from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.types import Policy, WorldSpec
 
 PLANNING: dict[str, Any] = {"best": int, "beyond": int, "spread": float, "scorer": str, "dream": str}
 
 
-def load_acting(name: str, *, spec: WorldSpec) -> Policy:
+def load_acting(name: str, *, spec: WorldSpec, device: str | None = None) -> Policy:
     """As `load_policy`; with `@best=8,scorer=runs/success,dream=runs/wm` behind it each chunk is the best of 8 tried in that dream.
 
     `beyond=8` judges 8 frames after the chunk, `spread=0.3` tries it with noise (`BestOfN`). A unified model plans in its own dream if none is
     named. Raises `PolicyError` for options that are missing, or that do not go together.
     """
     plain, planning = _parted(name)
-    policy = load_policy(plain, spec=spec)
+    policy = load_policy(plain, spec=spec, device=device)
     if not planning:
         return policy
     if isinstance(policy, Corrupted):
@@ -35,7 +34,7 @@ def load_acting(name: str, *, spec: WorldSpec) -> Policy:
             f"policy {name!r}: a policy that plans requires best=N, scorer=FOLDER and dream=FOLDER (a world model) after '@'; a unified "
             "model may leave dream out"
         )
-    judge = SuccessScorer.from_pretrained(scorer)
+    judge = load_scorer(scorer, device=device)
     return BestOfN(policy, load_dream(Path(dream)), judge, candidates=candidates, **planning)
 
 

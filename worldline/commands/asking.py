@@ -32,13 +32,14 @@ def ask(
     out: Path,
     *,
     seed: int,
+    steps: int | None = None,
     guide: Policy | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, float]:
     """Answer `mode` along the first of the replays: write the video and, where actions are found, a plot beside it (OUT with .png).
 
     Returns R2 of the found actions by dimension, where the recorded ones are known and not constant. Raises `WorldlineError` unless the model is a unified
-    one. In a joint dream `guide` nudges the actions towards what it would do (policy-guided diffusion).
+    one, or for so many `steps` of the solver (None: the model's own) that training never showed their levels. In a joint dream `guide` nudges the actions towards what it would do (policy-guided diffusion).
     """
     model = dream.world_model
     if not isinstance(model, VideoActionModel):
@@ -46,6 +47,11 @@ def ask(
             f"--mode {mode}: a unified video-action model is required (`worldline train video-action`), got {type(model).__name__}. "
             "Leave --mode out to imagine what recorded actions lead to."
         )
+    if steps is not None and mode in ("policy", "joint"):
+        try:  # in which actions are decided; all else is denoised in so many steps already (`load_dream`)
+            model = model.with_sampling(action_steps=steps)
+        except ValueError as error:
+            raise WorldlineError(f"--solver-steps: {error}. Sample as training showed it.") from error
     frames = {c: x[:1] for c, x in replays.frames.items()}
     whole = Clip(
         frames=dream.tokenizer.encode(frames),

@@ -13,7 +13,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.asking import ask
 from worldline.commands.dreaming_page import evaluation_page
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
-from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream, load_scorer
 from worldline.data import LeRobotDataset
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
@@ -70,6 +70,10 @@ class Imagine(SamplingFlags):
         _at_least(self, frames=2, solver_steps=1)
         if self.guide is not None and self.mode != "joint":
             raise ValueError(f"--guide is for --mode joint, in which actions are imagined; got --mode {self.mode}")
+        if self.actions != "true" and self.mode != "forward":
+            raise ValueError(
+                f"--actions is for --mode forward, in which the dream is given some; got --actions {self.actions} and --mode {self.mode}"
+            )
 
 
 def _at_least(config: Any, **least: int) -> None:
@@ -107,7 +111,8 @@ def run_imagine(config: Imagine, *, progress: bool = True) -> Path:
             require_match(dream.spec, guide.spec, between=f"world model and policy {config.guide}")
         told = replace(replays, instruction=starts.instruction)
         guidance = Guidance(coefficient=config.guide_coefficient)
-        ask(dream, told, config.mode, config.out, seed=config.seed, guide=guide, guidance=guidance)
+        options = {"seed": config.seed, "steps": config.solver_steps, "guide": guide, "guidance": guidance}
+        ask(dream, told, config.mode, config.out, **options)
         return config.out
     made = rollout(
         dream,
@@ -191,9 +196,12 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     """Evaluate, write the report, return its folder."""
     check_report_folder(config.out)
     dream = load_dream(config.world_model, config.sampling())
-    replays, datasets, left_out = _open_replays(config, dream)
-    ranges = range_results(replays.actions, dream.spec.action)
-    replays = replace(within_range(replays, dream.spec.action, clip=config.clip_actions), **_degraded(config, dream))
+    opened = _open_replays(config, dream)
+    ranges, datasets = range_results(opened.cut.actions, dream.spec.action), opened.datasets
+    replays, held = (
+        replace(within_range(x, dream.spec.action, clip=config.clip_actions), **_degraded(config, dream))
+        for x in (opened.cut, opened.held)
+    )
     judges = _load_judges(config, dream.spec)
     found = evaluate_world_model(
         dream,
@@ -215,10 +223,10 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         **found.results,
     }
     diagnostic = None
-    if judges.scorer is not None and replays.frame_success is not None:
+    if judges.scorer is not None and held.frame_success is not None:
         options: dict[str, Any] = {"seed": config.seed, "batch": config.batch, "progress": progress}
-        probability = imagine_replays(dream, judges.scorer, replays, **options)
-        diagnostic = replay_diagnostic(judges.scorer, replays, probability)
+        probability = imagine_replays(dream, judges.scorer, held, **options)
+        diagnostic = replay_diagnostic(judges.scorer, held, probability)
         results["replay_diagnostic"] = diagnostic.to_dict()
     if judges.identity is not None:
         results["revisit"] = revisit_identity(
@@ -239,9 +247,12 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     )
     if judges.scorer is not None and diagnostic is None:
         report.warning(f"{' '.join(map(str, config.data))} holds no success labels: the replay diagnostic was not run.")
-    if left_out:
+    if opened.left_out:
+        report.warning(_left_out(opened, config.frames))
+    if gone := results["diverged"]:
         report.warning(
-            f"{left_out} of {left_out + len(replays.episodes)} episodes are shorter than --frames {config.frames}: left out."
+            f"{gone['episodes']} of {results['episodes']} episodes diverged from frame {gone['from_frame']} on: their imagined poses are no finite numbers. The pose error "
+            "is not told from there; their pictures count in all else as they are."
         )
     if ranges["outside"]:
         report.warning(f"{ranges['outside']} of {ranges['values']} action values were out of range and are clipped.")
@@ -252,21 +263,50 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
     return config.out
 
 
-def _open_replays(config: Evaluate, dream: Dream) -> tuple[Replays, list[LeRobotDataset], int]:
-    """The episodes of all datasets, numbered through and cut to the shortest, and how many were too short."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """The episodes of all datasets, numbered through: `cut` to the shortest, for comparing videos, and `held` as they ended, in which
+    no success is lost (the same where no scorer asks for it or none ended). `left_out` were too short, of which `ended` terminated."""
+
+    cut: Replays
+    held: Replays
+    datasets: list[LeRobotDataset]
+    left_out: int
+    ended: int
+
+
+def _open_replays(config: Evaluate, dream: Dream) -> _Opened:
     if not config.data:
         raise WorldlineError("at least one dataset folder is required after --data, got none")
     cameras = [c.name for c in dream.spec.cameras]
-    parts, datasets, left_out, before = [], [], 0, 0
+    cut, held, datasets, left_out, ended, before = [], [], [], 0, 0, 0
     for folder in config.data:
         dataset, stride = open_for(dream.spec, folder)
         episodes = dataset.split(config.split)[: config.max_episodes]
-        part = load_replays(dataset, episodes, cameras=cameras, frames=config.frames, stride=stride)
+        options: dict[str, Any] = {"cameras": cameras, "frames": config.frames, "stride": stride}
+        part = load_replays(dataset, episodes, **options)
+        over = [i for i in episodes if dataset.terminated(i)]
+        whole = load_replays(dataset, episodes, held=True, **options) if config.scorer and over else part
         left_out += len(episodes) - len(part.episodes)
-        parts.append(replace(part, episodes=tuple(before + i for i in part.episodes)))
+        ended += len(set(over) - set(part.episodes))
+        for parts, x in ((cut, part), (held, whole)):
+            parts.append(replace(x, episodes=tuple(before + i for i in x.episodes)))
         datasets.append(dataset)
         before += len(dataset)
-    return parts[0] if len(parts) == 1 else join_replays(parts), datasets, left_out
+    joined = [parts[0] if len(parts) == 1 else join_replays(parts) for parts in (cut, held)]
+    return _Opened(cut=joined[0], held=joined[1], datasets=datasets, left_out=left_out, ended=ended)
+
+
+def _left_out(opened: _Opened, frames: int | None) -> str:
+    """A warning for the report."""
+    of = opened.left_out + len(opened.cut.episodes)
+    text = f"{opened.left_out} of {of} episodes are shorter than --frames {frames}: left out."
+    if opened.ended:
+        text += (
+            f" {opened.ended} of these are shorter because they terminated, as an episode does that ends at success: videos are compared on "
+            "the others alone. The replay diagnostic (--scorer) has them all."
+        )
+    return text
 
 
 def _degraded(config: Evaluate, dream: Dream) -> dict[str, Any]:
@@ -317,7 +357,7 @@ def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
         inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
         pose_probes=by_camera({f"--pose-probes {path}": Probe.from_pretrained(path) for path in config.pose_probes}),
         identity=Probe.from_pretrained(config.identity_probe) if config.identity_probe else None,
-        scorer=SuccessScorer.from_pretrained(config.scorer) if config.scorer else None,
+        scorer=load_scorer(config.scorer) if config.scorer else None,
     )
     if judges.action_free is not None:
         require_match(spec, judges.action_free.spec, between="world model and --action-free")

@@ -23,7 +23,7 @@ from worldline.commands.rollouts import (
     identity_of,
     weights_of,
 )
-from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.commands.sampling import SamplingFlags, load_dream, load_scorer
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.ranking import (
@@ -212,7 +212,7 @@ def labels(policies: tuple[str, ...]) -> list[str]:
 
 def _load_judges(config: Rank) -> _Judges:
     dream = load_dream(config.world_model, config.sampling())
-    scorer = SuccessScorer.from_pretrained(config.scorer)
+    scorer = load_scorer(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
     identity = [weights_of(config.world_model), weights_of(config.scorer), config.seed, config.sampling()]
     return _Judges(dream=dream, scorer=scorer, kept=Kept(config.out / "rollouts"), identity=identity)

@@ -99,11 +99,11 @@ def _names_a_policy(name: str) -> bool:
 
 
 def _load(config: Record, policy: str) -> Any:
-    """Called once in every worker process."""
+    """Called once in every worker process: so on the CPU, a card has no room for as many copies as there are cores."""
     options = {"size": config.size, "horizon": config.horizon, "control_steps": config.control_steps}
     world = make_world(config.world, cameras=config.cameras or None, **options)
     try:
-        return load_acting(policy, spec=world.spec)
+        return load_acting(policy, spec=world.spec, device="cpu")
     finally:
         world.close()
 

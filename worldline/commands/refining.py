@@ -13,7 +13,7 @@ from worldline.commands.outputs import command_line
 from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
 from worldline.commands.rollouts import Kept, Truth, TruthSettings, fingerprint_of, identity_of, weights_of
-from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream, load_scorer
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
 from worldline.eval.intervals import newcombe_paired, wilson
@@ -166,7 +166,7 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
 
 
 def _load_scorer(folder: Path, dream: Dream) -> SuccessScorer:
-    scorer = SuccessScorer.from_pretrained(folder)
+    scorer = load_scorer(folder)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
     return scorer
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from worldline.checkpoint import best_device
 from worldline.errors import WorldlineError
 from worldline.eval.replays import Replays
 from worldline.rl_in_imagination.doubt import Doubt, DoubtCalibration, calibrate
 from worldline.rl_in_imagination.dream import Dream
+from worldline.rl_in_imagination.success import SuccessScorer
 from worldline.worldmodels import TrainedWorldModel, load_world_model
 from worldline.worldmodels.trajectories import TrajectoryDiffusion, TrajectorySolver
 
@@ -63,7 +63,7 @@ def load_trajectory_model(folder: Path, solver: SolverFlags) -> TrajectoryDiffus
     """A model of trajectories, on the GPU if there is one, denoised as `solver` says instead of the checkpoint."""
     model = TrajectoryDiffusion.from_pretrained(folder)
     model = model.with_solver(solver.instead_of(model.config.solver))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(best_device())
 
 
 def load_dream(folder: Path, sampling: Mapping[str, Any] | None = None) -> Dream:
@@ -78,8 +78,12 @@ def load_dream(folder: Path, sampling: Mapping[str, Any] | None = None) -> Dream
     except ValueError as error:  # the model's own check of its settings
         flags = ", ".join(map(_flag, sampling or {}))
         raise WorldlineError(f"{flags}: {error}. Sample as training showed it.") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Dream(model.to(device), tokenizer.to(device))
+    return Dream(model.to(best_device()), tokenizer.to(best_device()))
+
+
+def load_scorer(folder: str | Path, *, device: str | None = None) -> SuccessScorer:
+    """A success scorer, by default on the GPU if there is one."""
+    return SuccessScorer.from_pretrained(folder).to(device or best_device())
 
 
 def load_doubt(dream: Dream, solver_steps: int) -> Doubt:

@@ -12,7 +12,7 @@ from worldline.checkpoint import read_json, to_json, write_json
 from worldline.commands.acting import load_acting
 from worldline.commands.outputs import command_line
 from worldline.commands.rollouts import weights_of
-from worldline.commands.sampling import SamplingFlags, load_dream
+from worldline.commands.sampling import SamplingFlags, load_dream, load_scorer
 from worldline.data.lerobot_write import DatasetWriter
 from worldline.errors import DatasetError
 from worldline.eval import Report, video_grid
@@ -76,7 +76,7 @@ def run_synthesize(config: Synthesize, *, progress: bool = True) -> Path:
     """
     failures = check_scorer(config.scorer, override=config.override_audit)
     dream = load_dream(config.world_model, config.sampling())
-    scorer = SuccessScorer.from_pretrained(config.scorer)
+    scorer = load_scorer(config.scorer)
     require_match(dream.spec, scorer.spec, between="world model and scorer", only=("cameras", "control_steps"))
     policies = {name: load_acting(name, spec=dream.spec) for name in config.policies}
     for name, policy in policies.items():

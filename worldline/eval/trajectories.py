@@ -76,7 +76,8 @@ def step_errors(
 def policy_log_likelihood(policy: StochasticPolicy, made: Trajectories) -> Float[Tensor, " n"]:
     """Log-density of every made-up action under the policy that it was made for."""
     with torch.no_grad():
-        return policy.log_prob(low_dimensional(made.observations), policy.reset(made.steps), made.actions[:, None])
+        found = policy.log_prob(low_dimensional(made.observations), policy.reset(made.steps), made.actions[:, None])
+    return found.cpu()  # a policy may be on a GPU
 
 
 def normalised(returns: Float[np.ndarray, " s"], *, low: float, high: float) -> Float[np.ndarray, " s"]:

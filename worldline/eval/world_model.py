@@ -126,7 +126,7 @@ def evaluate_world_model(
         "against": against,
         "worst_gains": worst_gains(against),
         "action_sensitivity": _sensitivity(metrics, dreams),
-        "pose_error": [float((poses[:, h] - replays.poses[:, h]).norm(dim=-1).mean()) for h in range(1, t)],
+        **_pose_results(poses, replays.poses),
         "pose_error_copy": [
             float((replays.poses[:, 0] - replays.poses[:, h]).norm(dim=-1).mean()) for h in range(1, t)
         ],
@@ -147,6 +147,17 @@ def evaluate_world_model(
         poses = read_dimensions(replays.poses, dream.spec.pose_names, next(iter(pose_probes.values())))
         results["multi_view"] = multi_view_results(pose_probes, replays.frames, dreams, poses)
     return WorldModelEvaluation(results=results, metrics=metrics, dreams=dreams, replays=replays)
+
+
+def _pose_results(made: Float[Tensor, "n t p"], real: Float[Tensor, "n t p"]) -> dict[str, Any]:
+    """Mean distance at every imagined frame, None where some dream's poses are no numbers any more, and how many dreams came to that."""
+    missed = (made - real).norm(dim=-1)[:, 1:]
+    lost = ~missed.isfinite() & real[:, 1:].isfinite().all(-1)
+    errors = [None if gone else float(x) for x, gone in zip(missed.mean(0), lost.any(0).tolist())]
+    diverged = (
+        {"episodes": int(lost.any(1).sum()), "from_frame": 1 + int(lost.any(0).int().argmax())} if lost.any() else None
+    )
+    return {"pose_error": errors, "diverged": diverged}
 
 
 def _device(dream: Dream) -> str:

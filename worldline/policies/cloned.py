@@ -125,10 +125,12 @@ class ClonedPolicy(nn.Module):
         assert isinstance(self.head, DiffusionHead)
         return self.head.size
 
-    def chunk_of_noise(self, observation: Observation, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n m a"]:
-        """The actions that a diffusion policy denoises this noise to."""
+    def chunk_of_noise(
+        self, observation: Observation, state: TensorState, noise: Float[Tensor, "n d"]
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        """As `act`, the actions that a diffusion policy denoises this noise to."""
         assert isinstance(self.head, DiffusionHead)
-        return self.emit(self.head.denoise(self.features(observation), noise))
+        return self.emit(self.head.denoise(self.features(observation), noise)), state
 
     @property
     def chunk_length(self) -> int:
@@ -147,10 +149,12 @@ class ClonedPolicy(nn.Module):
             )
         return self.head.distribution(self.features(observation))
 
-    def chunk(self, choice: Shaped[Tensor, "n d"], observation: Observation) -> Float[Tensor, "n m a"]:
-        """The actions that a choice stands for."""
+    def chunk(
+        self, choice: Shaped[Tensor, "n d"], observation: Observation, state: TensorState
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        """As `act`, the actions that a choice stands for."""
         assert not isinstance(self.head, DiffusionHead), "distribution() refused it"
-        return self.emit(self.head.meant(choice))
+        return self.emit(self.head.meant(choice)), state
 
     def log_prob(
         self, observation: Observation, state: TensorState, actions: Float[Tensor, "n m a"]

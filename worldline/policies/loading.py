@@ -17,8 +17,8 @@ CORRUPTION = {"noise": float, "lag": int}
 UNIFIED = {"steps": int, "execute": int, "warm": float}
 
 
-def load_policy(name: str, *, spec: WorldSpec) -> Policy:
-    """A policy from what a user types.
+def load_policy(name: str, *, spec: WorldSpec, device: str | None = None) -> Policy:
+    """A policy from what a user types; one from a checkpoint is put on `device`, by default the GPU if there is one.
 
     `runs/bc50` a checkpoint folder (or hub name), of a policy or of a unified video-action model · `module:function` a Python callable ·
     `ws://host:port` a policy served from another environment (`@timeout=60`: seconds an answer may take, 10 by default) · any of these with `@noise=0.5,lag=4` behind it, corrupted; a
@@ -36,18 +36,20 @@ def load_policy(name: str, *, spec: WorldSpec) -> Policy:
     elif ":" in base and "/" not in base:
         policy = CallablePolicy.load(base, spec)
     else:
-        folder = checkpoint.resolve(base)
-        config = folder / "config.json"
-        unified = config.is_file() and checkpoint.read_json(config).get("kind") == video_action.KIND
-        if unified:
-            policy = VideoActionPolicy.from_pretrained(folder)
-        else:
-            kind = checkpoint.load_config(folder, part="policy")["kind"]
-            if kind.startswith(STATE_KIND):
-                policy = StatePolicy.from_pretrained(folder)
-            else:
-                policy = (SteeredPolicy if kind == KIND else ClonedPolicy).from_pretrained(folder)
+        policy = _trained(base).to(device or checkpoint.best_device())
     return _with_options(policy, name, options) if options else policy
+
+
+def _trained(name: str) -> VideoActionPolicy | StatePolicy | SteeredPolicy | ClonedPolicy:
+    """The policy of a checkpoint folder or hub name."""
+    folder = checkpoint.resolve(name)
+    config = folder / "config.json"
+    if config.is_file() and checkpoint.read_json(config).get("kind") == video_action.KIND:
+        return VideoActionPolicy.from_pretrained(folder)
+    kind = checkpoint.load_config(folder, part="policy")["kind"]
+    if kind.startswith(STATE_KIND):
+        return StatePolicy.from_pretrained(folder)
+    return (SteeredPolicy if kind == KIND else ClonedPolicy).from_pretrained(folder)
 
 
 def _take_timeout(name: str, options: str) -> tuple[str, float]:

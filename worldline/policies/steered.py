@@ -68,9 +68,11 @@ class SteeredPolicy(nn.Module):
         return Independent(Normal(self.net(features), self.log_std.clamp(LEAST_LOG_STD, 0).exp()), 1)
 
     @torch.no_grad()
-    def chunk(self, choice: Float[Tensor, "n d"], observation: Observation) -> Float[Tensor, "n m a"]:
-        """The actions that noise leads to."""
-        return self.base.chunk_of_noise(observation, choice)
+    def chunk(
+        self, choice: Float[Tensor, "n d"], observation: Observation, state: TensorState
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        """As `act`, the actions that noise leads to."""
+        return self.base.chunk_of_noise(observation, state, choice)
 
     def reset(self, n: int) -> TensorState:
         return self.base.reset(n)
@@ -79,7 +81,7 @@ class SteeredPolicy(nn.Module):
     def act(
         self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n m a"], TensorState]:
-        return self.chunk(draw(self.distribution(observation), seeds), observation), state
+        return self.chunk(draw(self.distribution(observation), seeds), observation, state)
 
     def save_pretrained(self, folder: str | Path, *, provenance: Mapping[str, Any] | None = None) -> None:
         base = self.base

@@ -73,15 +73,12 @@ class VideoActionPolicy(nn.Module):
         """What a checkpoint says of it beside its weights and its tokenizer."""
         return self.model.to_config()
 
-    @torch.no_grad()
-    def chunk_of_noise(self, observation: Observation, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n m a"]:
-        """The actions that this noise is denoised to, of the frame that is now alone."""
-        n, model = len(observation), self.model
-        query, zeros = POLICY.at(model.config.horizon), torch.zeros(n, dtype=torch.long)
-        blocks = noise.unflatten(1, (model.config.horizon, -1)).to(model.device)
-        draw = Draw(seeds=zeros, frame=zeros, steps=model.config.action_steps, noise=blocks)
-        made = model.answer(self._now(observation), model.given(query, n), query.rows(n), draw)
-        return self._emit(made.actions)
+    def chunk_of_noise(
+        self, observation: Observation, state: TensorState, noise: Float[Tensor, "n d"]
+    ) -> tuple[Float[Tensor, "n m a"], TensorState]:
+        """As `act`, the actions that this noise is denoised to, instead of the seeds' own."""
+        zeros, blocks = torch.zeros(len(noise), dtype=torch.long), noise.unflatten(1, (self.model.config.horizon, -1))
+        return self._decide(observation, state, seeds=zeros, noise=blocks.to(self.model.device))
 
     def reset(self, n: int) -> TensorState:
         model, h = self.model, self.model.config.history
@@ -92,11 +89,16 @@ class VideoActionPolicy(nn.Module):
         tensors["plan"] = torch.zeros(n, model.config.horizon, width)
         return TensorState(tensors=tensors, rows=n)
 
-    @torch.no_grad()
     def act(
         self, observation: Observation, state: TensorState, *, seeds: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n m a"], TensorState]:
         """Actions within their range."""
+        return self._decide(observation, state, seeds=seeds)
+
+    @torch.no_grad()
+    def _decide(
+        self, observation: Observation, state: TensorState, *, seeds: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, TensorState]:
         model, n, held = self.model, len(observation), state.tensors
         known = self._known(observation, state)
         query = POLICY.at(model.config.horizon)
@@ -104,7 +106,7 @@ class VideoActionPolicy(nn.Module):
 
         def decide(plan: Tensor | None) -> Tensor:
             frame = torch.zeros(n, dtype=torch.long)
-            draw = Draw(seeds=seeds, frame=frame, steps=model.config.action_steps, plan=plan)
+            draw = Draw(seeds=seeds, frame=frame, steps=model.config.action_steps, plan=plan, noise=noise)
             return model.answer(known, given, query.rows(n), draw).actions
 
         begins = (held["count"] == 0).to(model.device)  # rows without a plan from before

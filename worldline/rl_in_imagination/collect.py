@@ -22,7 +22,7 @@ from worldline.diffusion.noise import mix
 from worldline.errors import PolicyError
 from worldline.policies.heads import draw
 from worldline.rl_in_imagination.episodes import ImaginedEpisodes
-from worldline.types import Observation, Policy, WorldSpec
+from worldline.types import Observation, Policy, RowState, WorldSpec
 
 
 @runtime_checkable
@@ -31,7 +31,9 @@ class Actor(Policy, Protocol):
 
     def distribution(self, observation: Observation) -> Independent: ...
 
-    def chunk(self, choice: Shaped[Tensor, "n d"], observation: Observation) -> Float[Tensor, "n m a"]: ...
+    def chunk(
+        self, choice: Shaped[Tensor, "n d"], observation: Observation, state: Any
+    ) -> tuple[Float[Tensor, "n m a"], RowState]: ...
 
 
 Critic = Callable[[Observation], Tensor]  # the return to be expected, "n"
@@ -123,7 +125,7 @@ def collect(
     for row in range(n):
         episodes.seed(row, _number(seed, 0, row))
     potential = episodes.begin(torch.ones(n, dtype=torch.bool), starts=starts).success
-    live = torch.ones(n, dtype=torch.bool)
+    live, state = torch.ones(n, dtype=torch.bool), actor.reset(n)
     steps: list[dict[str, Any]] = []
     frames = 0
     for i in range(decisions):
@@ -132,7 +134,7 @@ def collect(
             chosen = actor.distribution(observation)
             seeds = torch.tensor([_number(seed, 1 + i, row) for row in range(n)])
             choice = draw(chosen, seeds)
-            chunk = actor.chunk(choice, observation)
+            chunk, state = actor.chunk(choice, observation, state)
             value = _valued(critic, observation)
         terminated, truncated, left = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
         success, last = potential, observation
@@ -174,6 +176,7 @@ def collect(
                 break
         elif ended.any() and i < decisions - 1:
             potential = torch.where(ended, episodes.begin(ended).success, potential)
+            state = state.where(ended, actor.reset(n))
     return _stack(steps, frames)
 
 

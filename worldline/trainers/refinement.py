@@ -24,7 +24,7 @@ from torch.distributions import kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from worldline.checkpoint import fingerprint, to_json
+from worldline.checkpoint import best_device, fingerprint, to_json
 from worldline.errors import WorldlineError
 from worldline.eval.intervals import wilson
 from worldline.eval.replays import Replays
@@ -107,7 +107,7 @@ def load_actor(folder: str | Path, spec: WorldSpec, *, least_std: float) -> Any:
         isinstance(policy, ClonedPolicy) and isinstance(policy.head, DiffusionHead)
     )
     if denoises:
-        policy = SteeredPolicy(policy)
+        policy = SteeredPolicy(policy).to(best_device())
     require_actor(policy, spec)
     require_match(spec, policy.spec, between=f"world model and policy {folder}")
     if isinstance(policy, ClonedPolicy) and isinstance(policy.head, GaussianHead):
@@ -159,6 +159,7 @@ def refine(
     if settings.ppo.algorithm == "ppo":
         normalizer = cloned(actor).pose_normalizer
         critic = ValueNetwork(actor.encoder.config, actor.spec, pose_normalizer=normalizer).eval()
+        critic = critic.to(next(actor.parameters()).device)  # drawn on the CPU: the same wherever it runs
     updater = Updater(actor, critic, settings.ppo)
     state = IterationState(
         out / "training" / "state.safetensors",

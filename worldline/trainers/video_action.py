@@ -145,7 +145,8 @@ class _VideoActionStage:
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
         """On held-out clips with actions: error of imagined frames against copying, of shuffled actions against true ones, and of the
-        blocks that policy and inverse query find against the mean block (1: knows nothing); the policy's where it is to imitate."""
+        blocks that policy and inverse query find against the mean block (1: knows nothing); the policy's where it is to imitate. Of
+        queries that are learned."""
         clip, acted, imitated = self.held_out.batch(0, 0, 16)
         rows = acted.nonzero().flatten()
         if not len(rows):
@@ -159,18 +160,21 @@ class _VideoActionStage:
             actions=clip.actions[:, : h - 1],
         )
         truth, seeds = clip.actions[:, h - 1 :], torch.arange(len(rows))
+        learned = {*(name for name, part in model.config.shares.items() if part), *model.also_learned}
+        errors = imagined_errors(model.with_sampling(chunk=1), clip) if "forward" in learned else {}
 
         def missed(found: Tensor, wanted: Tensor) -> float:
             spread = (wanted - wanted.mean((0, 1, 2))).square().mean().clamp(min=1e-9)
             return float((found - wanted[:, : found.shape[1]]).square().mean() / spread)
 
-        coming = {c: z[:, h : h + 1] for c, z in clip.frames.items()}
-        explained = model.sample(seen, INVERSE.first(1, model.config.horizon), seeds=seeds, frames=coming).actions.cpu()
-        errors = {"inverse_error": missed(explained, truth)}
-        if bool(imitated.any()):
+        if "inverse" in learned:
+            coming = {c: z[:, h : h + 1] for c, z in clip.frames.items()}
+            asked = INVERSE.first(1, model.config.horizon)
+            errors["inverse_error"] = missed(model.sample(seen, asked, seeds=seeds, frames=coming).actions.cpu(), truth)
+        if "policy" in learned and bool(imitated.any()):
             decided = model.sample(seen, POLICY, seeds=seeds).actions.cpu()
             errors["policy_error"] = missed(decided[imitated], truth[imitated])
-        return imagined_errors(model.with_sampling(chunk=1), clip) | errors
+        return errors
 
     def save(self, model: Any, folder: Path, provenance: Mapping[str, Any]) -> None:
         model.save_pretrained(folder, provenance=provenance)
@@ -262,6 +266,7 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         actions, poses = fit_normalizers(acting)
         model = VideoActionModel(settings, batches.spec, action_normalizer=actions, pose_normalizer=poses)
         model.fit_aims(strided_numbers(acting, config.stride))
+    model.also_learned = _also_learned(parts, settings)
     stage = _VideoActionStage(model, batches, _Batches(held_out, tokenizer, **options), tokenizer)
     provenance = {
         **data_provenance(_datasets(training), config.out, init_from=config.init_from),
@@ -270,6 +275,17 @@ def run(config: TrainVideoAction, *, progress: bool = True) -> Path:
         "weights": sum(p.numel() for p in model.parameters()),
     }
     return train(stage, config.loop, config.out, provenance=provenance, progress=progress)
+
+
+def _also_learned(parts: Sequence[_Part], settings: VideoActionConfig) -> tuple[str, ...]:
+    """Queries that these episodes ask for whatever the shares: video of those without actions; what actions lead to, of those that are
+    not to be imitated."""
+    decides = settings.shares.get("policy") or settings.shares.get("joint")
+    found = {
+        "forward": bool(decides) and any(p.acted and not p.imitated for p in parts),
+        "video": not all(p.acted for p in parts),
+    }
+    return tuple(name for name, asked in found.items() if asked)
 
 
 def _trained(

@@ -54,14 +54,16 @@ class TrainWorldModel:
     """Share of clips that begin where their episode does: there dreams begin, with one frame known and the arm at rest."""
     model: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     init_from: Path | None = None
-    """Start from the weights of another world model of the same spec. Its network's sizes and its normalisation are kept,
-    everything else is as said here."""
+    """Start from the weights of another world model of the same spec. Its network's sizes, its normalisation and its text encoder
+    (--model.text) are kept, everything else is as said here."""
     max_episodes: int | None = None
     """Use only the first so many training episodes of each dataset."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        check_clips(self.frames, self.model.network.window, self.starts, self.max_episodes)
+        # with weights from elsewhere their window counts, once they are read
+        window = self.model.network.window if self.init_from is None else 1
+        check_clips(self.frames, window, self.starts, self.max_episodes)
 
 
 def check_clips(
@@ -230,8 +232,8 @@ def run(config: TrainWorldModel, *, progress: bool = True) -> Path:
 
 
 def _trained(config: TrainWorldModel, folder: Path, tokenizer: Tokenizer, data: WorldSpec) -> AutoregressiveWorldModel:
-    """The model to go on from, with the settings of `config` for all but its network. Raises `SpecMismatch` if it was
-    trained with another tokenizer or on data of another kind."""
+    """The model to go on from, with the settings of `config` for all but its network and the text encoder that this was made for. Raises
+    `SpecMismatch` if it was trained with another tokenizer or on data of another kind, or if settings do not go with its network."""
     model = AutoregressiveWorldModel.from_pretrained(folder)
     if model.latent_spec != tokenizer.latent_spec:
         raise SpecMismatch(
@@ -243,5 +245,19 @@ def _trained(config: TrainWorldModel, folder: Path, tokenizer: Tokenizer, data: 
     require_match(
         strided(data, config.stride), model.spec, between=f"{config.data[0]} and --init-from {folder}", only=fields
     )
-    model.config = replace(config.model, network=model.config.network)
+    network, text = model.config.network, model.config.text
+    if config.model.text not in ("none", text):  # none is what a user says who says nothing
+        raise SpecMismatch(
+            f"--init-from {folder}: --model.text {text} required, which its network was made for, got {config.model.text}. Leave the flag "
+            "out to go on with what it has, or train from the start."
+        )
+    if config.frames < network.window:
+        raise SpecMismatch(
+            f"--init-from {folder}: clips of at least as many frames as its window ({network.window}) required, or its far end is never "
+            f"trained: got --frames {config.frames}"
+        )
+    try:
+        model.config = replace(config.model, network=network, text=text)
+    except ValueError as error:  # a setting that its network cannot follow
+        raise SpecMismatch(f"--init-from {folder}: {error}") from error
     return model

@@ -54,6 +54,11 @@ class AutoregressiveConfig:
                 f"guidance={self.guidance:g} compares with a frame imagined without its action, which this model never was "
                 "trained on (action_dropout=0)"
             )
+        if self.cache_write == "last-step" and self.network.memory.size:
+            raise ValueError(
+                "cache_write='last-step' caches what a frame became while it read memory, and training shows history that never did: "
+                f"cache_write='clean' required with a memory of {self.network.memory.size} frames (network.memory)"
+            )
         last = solver_levels(self.solver_steps)[-2].item()
         if self.cache_write == "last-step" and not self.history.contains(last):
             raise ValueError(

@@ -3,6 +3,7 @@
 A sampling setting that asks for a level that training never shows is refused here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,12 @@ from worldline.worldmodels.video_action.queries import QUERIES
 
 VIDEO_ONLY: Mapping[str, float] = {"video": 1.0}
 """Shares of UVA's first stage."""
+
+
+def still_masked(rounds: int, done: int | None = None) -> float:
+    """The share of places that is still masked after `done` of so many rounds (before the last: None): MAR's cosine schedule, few places
+    first, many at the end."""
+    return math.cos(math.pi / 2 * (rounds - 1 if done is None else done) / rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +94,12 @@ class VideoActionConfig:
         for name in ("head_width", "head_depth", "head_draws", "decode_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        hidden = still_masked(self.decode_rounds)
+        if self.design == "uva" and hidden < low:
+            raise ValueError(
+                f"decode_rounds={self.decode_rounds} shows {1 - hidden:.0%} of the places to its last round, training at most {1 - low:.0%} "
+                f"(masked={self.masked}): --model.masked {math.floor(100 * hidden) / 100:g} {high:g} in training allows it"
+            )
         if not 1 <= self.chunk <= self.horizon:
             raise ValueError(f"chunk: from 1 to {self.horizon} frames (the horizon) required, got {self.chunk}")
         if self.guess_width < 0:

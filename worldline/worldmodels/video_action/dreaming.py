@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from worldline.worldmodels.video_action.queries import FORWARD, VIDEO
+from worldline.worldmodels.video_action.queries import FORWARD, VIDEO, Query, require_learned
 from worldline.worldmodels.video_action.state import Dreamt, after
 from worldline.worldmodels.video_action.tokens import Draw, Future
 
@@ -20,7 +20,7 @@ def next_frame(model: VideoActionModel, dreamt: Dreamt, block: Tensor | None, se
     config, told = model.config, block is not None
     dreamt = dreamt.begun((dreamt.since == config.reach) | (dreamt.told != told))
     later = dreamt.then(dreamt.known, None if block is None else block[:, 0])
-    query = (FORWARD if told else VIDEO).at(config.horizon)
+    query = _asked(model, told).at(config.horizon)
     roles = query.rows(len(seeds)).to(model.device).upto(later.since)
     given = replace(model.given(VIDEO.at(config.horizon), len(seeds)), actions=later.blocks)
     draw = Draw(seeds=seeds, frame=dreamt.frame - dreamt.since, steps=config.solver_steps)
@@ -34,8 +34,15 @@ def next_chunk(model: VideoActionModel, dreamt: Dreamt, blocks: Tensor | None, s
     given = model.given(VIDEO.at(config.horizon), len(seeds))
     if blocks is not None:
         given.actions[:, : config.chunk] = blocks
-    query = (FORWARD if told else VIDEO).first(config.chunk, config.horizon)
+    query = _asked(model, told).first(config.chunk, config.horizon)
     draw = Draw(seeds=seeds, frame=dreamt.frame, steps=config.solver_steps)
     made = model.answer(dreamt.known, given, query.rows(len(seeds)), draw).first(config.chunk)
     known = after(dreamt.known, model.guess_pose, made, told=told)
     return Dreamt.at(known, dreamt.frame + config.chunk, config.horizon), made
+
+
+def _asked(model: VideoActionModel, told: bool) -> Query:
+    """The query that a dream asks. Raises `SpecMismatch` if the model never learned it."""
+    query = FORWARD if told else VIDEO
+    require_learned(query, model.config.shares, model.also_learned)
+    return query

@@ -6,7 +6,7 @@ asked for, and what lies beyond is absent, as in training.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from worldline.worldmodels.video_action.dreaming import next_chunk, next_frame
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.guided import steering
 from worldline.worldmodels.video_action.motion import Moves, guess_miss, moves_in
-from worldline.worldmodels.video_action.queries import Query, Role, Roles, draw_roles
+from worldline.worldmodels.video_action.queries import Query, Role, Roles, VideoActions, draw_roles, require_learned
 from worldline.worldmodels.video_action.state import Dreamt
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known, led
 from worldline.worldmodels.video_action.uva import UnifiedVideoAction
@@ -40,15 +40,6 @@ from worldline.worldmodels.video_action.uwm import UnifiedWorld
 
 KIND = "video-action"
 SAMPLING = ("solver_steps", "chunk", "span", "decode_rounds")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoActions:
-    """What a query found: the frames and blocks that are not absent, those given as they were. Raw latents, physical units."""
-
-    latents: Mapping[str, Float[Tensor, "n _f c2 _h _w"]]
-    poses: Float[Tensor, "n _f p"]
-    actions: Float[Tensor, "n _g k a"]
 
 
 class VideoActionModel(TracedSampling, nn.Module):
@@ -77,6 +68,9 @@ class VideoActionModel(TracedSampling, nn.Module):
         design = UnifiedWorld if config.design == "uwm" else UnifiedVideoAction
         text = 0 if encoder is None else encoder.dim
         self.network = design(config, body, text)
+        self.also_learned: tuple[
+            str, ...
+        ] = ()  # queries of no share that its data asked for all the same, as of video alone
 
     @property
     def latent_spec(self) -> LatentSpec:
@@ -254,9 +248,10 @@ class VideoActionModel(TracedSampling, nn.Module):
             guidance, score: move the estimate of the blocks that are asked for, in every step but the last, along the gradient of a
                 policy's log-density, blocks "n g k a" to "n g k a" (policy-guided diffusion).
 
-        Raises `SpecMismatch` for givens of another number or size, and for actions that are not finite.
+        Raises `SpecMismatch` for a query not learned, for givens of another number or size, and for actions that are not finite.
         """
         query = query.at(self.config.horizon)
+        require_learned(query, self.config.shares, self.also_learned)
         f = [i for i, role in enumerate(query.frames) if role != Role.ABSENT]
         if self.config.targets == "end" and len(f) > 1:
             raise SpecMismatch(
@@ -334,6 +329,7 @@ class VideoActionModel(TracedSampling, nn.Module):
 
         With a chunk of 1 each in a pass of its own, up to `span` of them from the same known frame (`state`). With a longer chunk so many
         a pass, from the frame before them; raises `SpecMismatch` if f is no multiple. Without actions one chunk of whatever may follow.
+        Raises it too for a model that has not learned that (the video query), or with actions the forward query.
         """
         chunk = self.config.chunk
         count = chunk if actions is None else actions.shape[1]
@@ -387,13 +383,15 @@ class VideoActionModel(TracedSampling, nn.Module):
     def to_config(self) -> dict[str, Any]:
         """What a checkpoint says of it beside its weights."""
         normalizers = normalizers_to_json(self.action_normalizer, self.pose_normalizer)
-        return {"model": checkpoint.to_json(self.config), **normalizers}
+        return {"model": checkpoint.to_json(self.config), "also_learned": list(self.also_learned), **normalizers}
 
     @classmethod
     def from_config(cls, config: Any, spec: WorldSpec, source: str) -> "VideoActionModel":
         """The model, untrained, that `to_config` tells of."""
         settings = checkpoint.from_json(VideoActionConfig, config["model"], source=source)
-        return cls(settings, spec, **normalizers_from_json(config, source=source))
+        model = cls(settings, spec, **normalizers_from_json(config, source=source))
+        model.also_learned = tuple(config.get("also_learned", ()))
+        return model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VideoActionModel":

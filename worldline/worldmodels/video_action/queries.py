@@ -14,13 +14,15 @@ The frames seen so far are always given; roles are about what comes: frames 1..f
                                                  JOINT     frames DENOISED  actions DENOISED
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from worldline.errors import SpecMismatch
 
 
 class Role(IntEnum):
@@ -116,6 +118,35 @@ QUERIES: Mapping[str, Query] = {
     "joint": JOINT,
 }
 """By the names that users type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoActions:
+    """What a query found: the frames and blocks that are not absent, those given as they were. Raw latents, physical units."""
+
+    latents: Mapping[str, Float[Tensor, "n _f c2 _h _w"]]
+    poses: Float[Tensor, "n _f p"]
+    actions: Float[Tensor, "n _g k a"]
+
+
+def name_of(query: Query) -> str | None:
+    """The named query that it is, of however many frames; None for others, as with some frames given and some asked for."""
+
+    def kinds(of: Query) -> list[set[Role]]:
+        return [set(roles) - {Role.ABSENT} for roles in (of.frames, of.actions)]
+
+    return next((name for name, named in QUERIES.items() if kinds(named) == kinds(query)), None)
+
+
+def require_learned(query: Query, shares: Mapping[str, float], also: Collection[str] = ()) -> None:
+    """Raise `SpecMismatch` for a named query that training never asked: neither by `shares` nor `also`, by its data."""
+    name = name_of(query)
+    if name is None or shares.get(name) or name in also:
+        return
+    raise SpecMismatch(
+        f"a video-action model that learned the {name} query is required, the share of that is 0 in this one ({dict(shares)}). Go on from it "
+        f"with `worldline train video-action --init-from`, or train one, with a share of {name} in --model.shares."
+    )
 
 
 def draw_roles(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from worldline.diffusion import LevelDistribution, add_noise, linear_path, row_noise, sample_euler, solver_levels
 from worldline.worldmodels.layers import LevelEmbedding, cut
 from worldline.worldmodels.ports import Body
-from worldline.worldmodels.video_action.config import VideoActionConfig
+from worldline.worldmodels.video_action.config import VideoActionConfig, still_masked
 from worldline.worldmodels.video_action.errors import Errors
 from worldline.worldmodels.video_action.queries import Role, Roles
 from worldline.worldmodels.video_action.tokens import Draw, Future, Known, Tokens
@@ -223,8 +223,8 @@ class UnifiedVideoAction(nn.Module):
             if asks:
                 fresh = given.pick(roles, self._decoded(known, found, start, levels))
                 made = fresh if revealed is None else self._keep(made, fresh, revealed)
-            if order is not None:  # MAR's cosine schedule: few places first, many at the end
-                revealed = order < math.ceil(s * (1 - math.cos(math.pi / 2 * (i + 1) / rounds)))
+            if order is not None:
+                revealed = order < math.ceil(s * (1 - still_masked(rounds, i + 1)))
         actions = made.actions
         if bool((roles.actions == Role.DENOISED).any()):
             actions = self._acted(found, start, levels, draw, actions)

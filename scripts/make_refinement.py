@@ -71,6 +71,10 @@ class MakeRefinement:
     policy_steps: tuple[int, ...] = (600,)
     """Training steps of cloning: one number for all tasks, or one a task."""
     test_episodes: int = 100
+    curve_episodes: int = 50
+    """True and imagined ones of every checked policy along a refinement."""
+    test_seed: int = 50
+    """Of the first training seed's true starts: another number, other starts."""
     frames: int = 41
     """Of an episode, in the dream and in the simulator."""
     world_model: Literal["transformer", "unet"] = "transformer"
@@ -206,7 +210,7 @@ def refine(config: MakeRefinement, task: str, arm: str, seed: int, start: Path) 
         doubt_steps=config.doubt_steps,
         override_audit=True,
         truth=f"metaworld/{task}",
-        truth_episodes=config.test_episodes // 2,
+        truth_episodes=config.curve_episodes,
     )
     if not kept(out, made_from(settings, start, settings.world_model, settings.scorer), done="report.json"):
         run_refine(settings)
@@ -252,7 +256,7 @@ def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -
     """True success of every arm's episodes, from the same starts."""
     home = config.out / task
     spec = load_dream(home / dreamt(config, "wm", seed)).spec
-    settings = truth_settings(task, spec, episodes=config.test_episodes, frames=config.frames, seed=50 + seed)
+    settings = truth_settings(task, spec, episodes=config.test_episodes, frames=config.frames, seed=config.test_seed + seed)
     found = {}
     with Truth(settings, Kept(config.out / "truth")) as truth:
         for name, folder in made.items():

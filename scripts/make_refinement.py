@@ -256,7 +256,9 @@ def judge(config: MakeRefinement, task: str, seed: int, made: dict[str, Path]) -
     """True success of every arm's episodes, from the same starts."""
     home = config.out / task
     spec = load_dream(home / dreamt(config, "wm", seed)).spec
-    settings = truth_settings(task, spec, episodes=config.test_episodes, frames=config.frames, seed=config.test_seed + seed)
+    settings = truth_settings(
+        task, spec, episodes=config.test_episodes, frames=config.frames, seed=config.test_seed + seed
+    )
     found = {}
     with Truth(settings, Kept(config.out / "truth")) as truth:
         for name, folder in made.items():

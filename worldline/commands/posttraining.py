@@ -327,7 +327,7 @@ def _report(
             c: x.cpu() for c, x in tokenizer.decode({c: z[: config.videos] for c, z in clip.frames.items()}).items()
         }
         for i in range(min(config.videos, len(clip.poses))):
-            columns_of = {"real": real, "before": before, "post-trained": after}
+            columns_of = {"real": real, "before": before, "after": after}
             grid = video_grid(
                 {name: {c: x[i] for c, x in frames.items()} for name, frames in columns_of.items()}, cell=128
             )

@@ -43,6 +43,14 @@ from worldline.types import Episode, WorldSpec
 
 OPEN_TABLES = 8  # parquet files kept in memory
 STATES = "observation.environment_state"
+OPTIONAL = (
+    "frame_index",
+    "next.reward",
+    "next.success",
+    "next.done",
+    STATES,
+    "timestamp",
+)  # columns read where they are
 UNKNOWN = "unknown"  # provenance["actions"] of video alone
 
 
@@ -113,8 +121,10 @@ class LeRobotDataset:
         if action_range is not None:
             low, high = (tuple(map(float, bound)) for bound in action_range)
             action = replace(action, low=low, high=high)
-        poses = base.pose_names if base is not None and pose_columns is None else None
-        poses = column_names(self.info, self.pose_columns) if poses is None else poses
+        if base is not None and pose_columns is None:
+            poses = base.pose_names
+        else:
+            poses = column_names(self.info, self.pose_columns)
         self.spec = WorldSpec(
             cameras=specs,
             fps=float(self.info["fps"]) if base is None else base.fps,
@@ -179,9 +189,8 @@ class LeRobotDataset:
         if reached is not None and np.isfinite(reached).all():
             start = bool(row["initial_success"])  # no control step led to frame 0 unless the recorder says so
             frame_success = torch.from_numpy(np.append(start, reached[: length - 1, 0] > 0.5))
-            if (
-                not self._own
-            ):  # what the last action led to has no frame: of an end at success that row is the only label
+            if not self._own:
+                # what the last action led to has no frame: of an end at success that row is the only label
                 frame_success[-1] |= bool(reached[-1, 0] > 0.5)
         success = self.success(index)
         from_column = success is not None and row["success"] is None
@@ -252,11 +261,7 @@ class LeRobotDataset:
             wanted = [*self.action_columns, *self.pose_columns, self._success_column or "episode_index"]
             if absent := [name for name in ("episode_index", *wanted) if name not in names]:
                 raise DatasetError(f"{path}: columns {absent} required, got {names}. Choose other columns.")
-            optional = [
-                n
-                for n in ("frame_index", "next.reward", "next.success", "next.done", STATES, "timestamp")
-                if n in names
-            ]
+            optional = [n for n in OPTIONAL if n in names]
             columns = list(dict.fromkeys(["episode_index", *wanted, *optional]))
             self._tables[path] = read_parquet(Path(path), columns=columns)
             while len(self._tables) > OPEN_TABLES:

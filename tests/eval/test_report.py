@@ -149,6 +149,14 @@ def test_grid_takes_grey_video_and_refuses_mismatches() -> None:
         video_grid({})
 
 
+def test_a_long_label_fits_over_a_narrow_video() -> None:
+    black = {"gripperPOV": video((0, 0, 0), h=64, w=64)}
+    grid = video_grid({"shuffled actions": black, "real": black}, cell=128)
+    strip, background = grid[0, :, :20].permute(1, 2, 0), torch.tensor((24, 28, 36))
+    inked = (strip[:, :128] != background).any(-1).any(0)
+    assert inked.any() and not inked[-5:].any()  # nothing cut off at the right edge
+
+
 def test_horizon_curve_shows_the_mean_of_defined_episodes() -> None:
     values = torch.tensor([[1.0, 2.0, 5.0], [3.0, 4.0, torch.nan]])
     mask = torch.tensor([[True, True, True], [True, True, False]])

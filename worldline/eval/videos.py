@@ -84,12 +84,15 @@ def _bar(video: np.ndarray, *, axis: int) -> np.ndarray:
 
 
 def _cell(frames: Tensor, label: str, height: int) -> np.ndarray:
-    """Frames "t h w c", enlarged, under a strip with the label."""
+    """Frames "t h w c", enlarged, under a strip with the label, in letters small enough for it to fit (8 at the least)."""
     video = _enlarge(_rgb(frames), height)
     t, _, width, _ = video.shape
     size = max(11, min(16, width // 14))
     strip = Image.new("RGB", (width, size + 10), BACKGROUND)
-    ImageDraw.Draw(strip).text((6, 4), label, fill=INK, font=ImageFont.load_default(size))
+    drawing = ImageDraw.Draw(strip)
+    fonts = [ImageFont.load_default(letters) for letters in range(size, 7, -1)]
+    font = next((f for f in fonts if drawing.textlength(label, font=f) <= width - 12), fonts[-1])
+    drawing.text((6, 4), label, fill=INK, font=font)
     header = np.broadcast_to(np.asarray(strip), (t, *np.asarray(strip).shape))
     return np.concatenate([header, video], axis=1)
 

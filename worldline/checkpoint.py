@@ -113,11 +113,12 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_atomic(path, _tensor_bytes(tensors))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None) -> None:
+    """`about` goes into the file's header (`read_about`)."""
+    write_atomic(path, _tensor_bytes(tensors, about))
 
 
-def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def _tensor_bytes(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> bytes:
     """Tensors that share memory (tied weights, views) are written once each: safetensors refuses them otherwise."""
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -126,7 +127,7 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         memory = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    return safetensors.torch.save(separate)
+    return safetensors.torch.save(separate, dict(about) if about is not None else None)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -138,6 +139,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}). Restore it or train again."
         ) from error
+
+
+def read_about(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """What a file of tensors says of itself, and their shapes, without reading them. Nothing of one that is not there or not whole."""
+    if not path.is_file():
+        return {}, {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            return file.metadata() or {}, {name: file.get_slice(name).get_shape() for name in names}
+    except safetensors.SafetensorError:
+        return {}, {}
 
 
 def fingerprint(tensors: Mapping[str, Tensor], config: Any = None) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from tests.data.toy import frame_number
 from worldline.data import ClipSampler, FrameStore, LeRobotDataset, action_blocks, collate, draw, strided
+from worldline.data.clips import Windows
 from worldline.errors import DatasetError
 
 
@@ -46,6 +47,18 @@ def test_every_clip_pairs_frames_poses_and_blocks(recorded: Path, stride: int) -
         times = clip.actions[0, :, :, 0] * 50
         want = [[f + s + j / 10 for s in range(stride) for j in range(3)] for f in shown[:-1]]
         assert torch.allclose(times, torch.tensor(want), atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(12, 9, 12), (3, 2, 0, 5, 1, 3), (1,), ()])
+def test_windows_are_all_and_in_order_and_cost_nothing_each(lengths: tuple[int, ...]) -> None:
+    expected = [(i, start) for i, length in enumerate(lengths) for start in range(length - 2)]
+    windows = Windows(lengths, 3)
+    assert list(windows) == expected and len(windows) == len(expected)
+    assert windows[1:4] == expected[1:4] and [windows[-1 - i] for i in range(len(expected))] == expected[::-1]
+    with pytest.raises(IndexError, match=f"below {len(expected)} required"):
+        windows[len(expected)]
+    droid = Windows([250] * 76_000, 16)  # as many episodes as DROID has: a list of these windows took 1.2 GB
+    assert len(droid) == 76_000 * 235 and droid[17_000_000] == divmod(17_000_000, 235)
 
 
 def test_strided_spec_keeps_the_control_rate(recorded: Path) -> None:

@@ -1,13 +1,15 @@
 """The latent cache: pairs latents with actions at every stride and compression, resumes, refuses other tokenizers."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from worldline.data import LatentCache, LeRobotDataset
+from worldline.data import LatentCache, LeRobotDataset, latents
 from worldline.errors import CheckpointError, DatasetError
 from worldline.types import LatentSpec
 
@@ -37,8 +39,8 @@ class MeanTokenizer:
         raise NotImplementedError
 
 
-def shown(latents: Tensor) -> list[int]:
-    return [round((float(latent.mean()) - 22) / 5) for latent in latents]
+def shown(made: Tensor) -> list[int]:
+    return [round((float(latent.mean()) - 22) / 5) for latent in made]
 
 
 @pytest.mark.parametrize(("stride", "r"), [(1, 1), (2, 1), (1, 2), (3, 2)])
@@ -76,6 +78,49 @@ def test_building_resumes_and_extends(recorded: Path, tmp_path: Path) -> None:
     second = MeanTokenizer()
     cache = LatentCache.build(tmp_path / "c", dataset, second, episodes=[0, 1, 2], progress=False)
     assert cache.episodes == [0, 1, 2] and second.calls == 2
+
+
+def test_an_index_that_was_lost_is_made_from_the_files(recorded: Path, tmp_path: Path) -> None:
+    dataset, again = LeRobotDataset(recorded), MeanTokenizer()
+    first = LatentCache.build(tmp_path / "c", dataset, MeanTokenizer(), progress=False)
+    index = (tmp_path / "c/cache.json").read_text()
+    (tmp_path / "c/cache.json").unlink()
+    cache = LatentCache.build(tmp_path / "c", dataset, again, progress=False)
+    assert again.calls == 0 and (tmp_path / "c/cache.json").read_text() == index
+    assert torch.equal(cache.batch(0, 0, 4, 3).poses, first.batch(0, 0, 4, 3).poses)
+    # files of another tokenizer are not taken for this one's
+    (tmp_path / "c/cache.json").unlink()
+    other = MeanTokenizer("mean-2")
+    LatentCache.build(tmp_path / "c", dataset, other, progress=False)
+    assert other.calls > 0
+
+
+def test_processes_share_what_is_to_be_encoded(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once, in step: each encodes its share, and both know all episodes in the end."""
+    encoded: dict[int, list[int]] = {0: [], 1: []}
+    together = threading.Barrier(2, timeout=60)
+    write = latents.write_tensors
+
+    def in_step(path: Path, *arguments: Any, **options: Any) -> None:
+        encoded[int(threading.current_thread().name)].append(int(path.stem.removeprefix("episode-")))
+        write(path, *arguments, **options)
+        together.wait()
+
+    monkeypatch.setattr(latents, "write_tensors", in_step)
+    caches: dict[int, LatentCache] = {}
+
+    def build(rank: int) -> None:
+        options = {"episodes": [0, 2], "process": (rank, 2), "progress": False}
+        caches[rank] = LatentCache.build(tmp_path / "c", LeRobotDataset(recorded), MeanTokenizer(), **options)
+
+    threads = [threading.Thread(target=build, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert caches[0].episodes == caches[1].episodes == [0, 2]
+    assert encoded == {0: [0], 1: [2]}
+    assert torch.equal(caches[0].batch(0, 0, 4, 3).poses, caches[1].batch(0, 0, 4, 3).poses)
 
 
 def test_another_tokenizer_dataset_or_stride_is_refused(recorded: Path, tmp_path: Path) -> None:

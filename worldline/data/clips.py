@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -63,9 +64,28 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def windows(lengths: Sequence[int], span: int) -> list[tuple[int, int]]:
-    """(position in `lengths`, start) of every window of `span` frames."""
-    return [(i, start) for i, length in enumerate(lengths) for start in range(length - span + 1)]
+class Windows(Sequence[tuple[int, int]]):
+    """(position in `lengths`, start) of every window of `span` frames, in order. Takes memory by the sequence, not by the window."""
+
+    def __init__(self, lengths: Sequence[int], span: int) -> None:
+        self._counts = (torch.tensor(lengths, dtype=torch.long) - span + 1).clamp(min=0)
+        self._ends = self._counts.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"an index below {len(self)} required, got {index}")
+        index %= len(self)
+        position = int(torch.searchsorted(self._ends, index, right=True))
+        return position, index - int(self._ends[position] - self._counts[position])
 
 
 def collate(clips: Sequence[Clip]) -> Clip:
@@ -138,7 +158,7 @@ class ClipSampler:
             )
         if self.skipped:
             log.warning("%d of %d episodes are shorter than %d frames", self.skipped, len(episodes), self.span)
-        self.windows = windows([dataset.length(i) for i in self.episodes], self.span)
+        self.windows = Windows([dataset.length(i) for i in self.episodes], self.span)
         self._numbers: dict[int, _Numbers] = {}
 
     def __len__(self) -> int:

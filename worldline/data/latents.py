@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldline.checkpoint import from_json, read_json, read_tensors, to_json, write_json, write_tensors
-from worldline.data.clips import action_blocks, collate, draw, strided, windows, with_lead
+from worldline.checkpoint import from_json, read_about, read_json, read_tensors, to_json, write_json, write_tensors
+from worldline.data.clips import Windows, action_blocks, collate, draw, strided, with_lead
 from worldline.data.lerobot_read import LeRobotDataset
 from worldline.errors import CheckpointError, DatasetError
 from worldline.types import Clip, VideoTokenizer, WorldSpec
 
 log = logging.getLogger(__name__)
-INDEX_EVERY = 5.0  # seconds between two writings of the index, which holds all episodes: what a killed process encoded since, it encodes again
+INDEX_EVERY = 5.0  # seconds between two writings of the index, which holds all episodes
+MADE_WITH = ("tokenizer_fingerprint", "dataset_fingerprint", "stride", "half", "cameras")  # each file says it, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class LatentCache:
         self.bytes = 0
         self._lengths = {int(key): [int(n) for n in lengths] for key, lengths in index["lengths"].items()}
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        self._windows: dict[tuple, tuple[list[Phase], list[tuple[int, int]]]] = {}
+        self._windows: dict[tuple, tuple[list[Phase], Windows]] = {}
 
     @classmethod
     def build(
@@ -74,11 +75,13 @@ class LatentCache:
         device: str | torch.device = "cpu",
         batch_frames: int = 32,
         half: bool = False,
+        process: tuple[int, int] = (0, 1),
     ) -> "LatentCache":
         """Encode the episodes that are not cached yet. Raises `CheckpointError` if `root` caches something else.
 
         `batch_frames` frames are encoded at a time where the tokenizer makes one latent a frame; a tokenizer that
-        compresses time gets whole episodes.
+        compresses time gets whole episodes. Of several processes (`process`: its number, of how many) each begins with episodes of
+        its own and takes what others have encoded meanwhile.
         """
         root = Path(root)
         latent = tokenizer.latent_spec
@@ -93,16 +96,22 @@ class LatentCache:
             "lengths": {},
             "instructions": {},
         }
+        made_with = {name: str(index[name]) for name in MADE_WITH}
         if (root / "cache.json").is_file():
             index |= _resumed(root, index)
-        chosen = [i for i in chosen if str(i) not in index["lengths"]]
+        rank, ranks = process
+        shared = [i for at in range(ranks) for i in chosen[(rank + at) % ranks :: ranks]]  # its own, then the others'
+        chosen = [i for i in shared if str(i) not in index["lengths"]]
         noted = time.monotonic()
         try:
             for number in tqdm(chosen, desc="encode", unit="episode", disable=not progress):
-                r = latent.frames_per_latent
-                tensors = _encode_episode(dataset, number, tokenizer, r, stride, device, batch_frames, half)
-                write_tensors(_file(root, number), tensors)
-                lengths = [len(tensors[f"{j}/poses"]) for j in range(stride) if f"{j}/poses" in tensors]
+                about, shapes = read_about(_file(root, number))
+                if about != made_with:
+                    r = latent.frames_per_latent
+                    tensors = _encode_episode(dataset, number, tokenizer, r, stride, device, batch_frames, half)
+                    write_tensors(_file(root, number), tensors, about=made_with)
+                    shapes = {name: list(x.shape) for name, x in tensors.items()}
+                lengths = [shapes[f"{j}/poses"][0] for j in range(stride) if f"{j}/poses" in shapes]
                 index["lengths"][str(number)] = lengths
                 index["instructions"][str(number)] = str(dataset.episode_table.loc[number, "instruction"])
                 if time.monotonic() - noted > INDEX_EVERY:
@@ -164,7 +173,7 @@ class LatentCache:
         ]
         return collate([with_lead(clip, before, max(led)) for clip, before in zip(clips, led)])
 
-    def windows(self, frames: int, episodes: Sequence[int] | None = None) -> tuple[list[Phase], list[tuple[int, int]]]:
+    def windows(self, frames: int, episodes: Sequence[int] | None = None) -> tuple[list[Phase], Windows]:
         """Sequences, and (position, start) of each window of `frames` latents in them."""
         key = (frames, None if episodes is None else tuple(episodes))
         if key not in self._windows:
@@ -174,7 +183,7 @@ class LatentCache:
                 for i in wanted
                 for phase, length in enumerate(self._lengths[i])
             ]
-            places = windows([s.length for s in sequences], frames)
+            places = Windows([s.length for s in sequences], frames)
             if not places:
                 longest = max((s.length for s in sequences), default=0)
                 raise DatasetError(
@@ -251,7 +260,7 @@ def _encode(
 
 def _resumed(root: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     got = read_json(root / "cache.json")
-    for name in ("tokenizer_fingerprint", "dataset_fingerprint", "stride", "half", "cameras"):
+    for name in MADE_WITH:
         _require_same(root, name, index[name], got)
     kept = {key: value for key, value in got["lengths"].items() if _file(root, int(key)).is_file()}
     return {"lengths": kept, "instructions": {key: got["instructions"][key] for key in kept}}

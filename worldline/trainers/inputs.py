@@ -174,13 +174,22 @@ class LatentBatches:
         self.weights = frame_weights(selections) if weights is None else weights
         self.selections, self.frames, self.starts, self.lead = selections, frames, starts, lead
         self.caches = []
+        processes = this_process()
+        rank, ranks = processes.process_index, processes.num_processes
         for s in selections:
             require_length(s, frames, stride)
             root = cache_root() / "latents" / f"{s.dataset.fingerprint}-{tokenizer.fingerprint}-s{stride}"
             tokenizer.to(device)
             # what `build` returns knows all these episodes, even while another process still rewrites the folder's index
             cache = LatentCache.build(
-                root, s.dataset, tokenizer, stride=stride, episodes=s.episodes, progress=progress, device=device
+                root,
+                s.dataset,
+                tokenizer,
+                stride=stride,
+                episodes=s.episodes,
+                progress=progress,
+                device=device,
+                process=(rank, ranks),
             )
             self.caches.append(cache)
         # not the cache's: it knows the statistics, and the range of actions, of the day it was made
@@ -266,6 +275,11 @@ def load_finished_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def this_process() -> PartialState:
+    """Which of how many this is (`accelerate launch`)."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def claim_output(
     out: Path, part: str, config: Any, *, identity: Sequence[str], made_from: Mapping[str, str] | None = None
 ) -> None:
@@ -276,7 +290,7 @@ def claim_output(
         made_from: name -> fingerprint of other parts that must not either (`contents` of the data).
     """
     # of several processes the first one claims, the others then find its claim
-    with PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first():
+    with this_process().main_process_first():
         _claim(out, part, config, identity, made_from or {})
 
 

@@ -124,7 +124,7 @@ def test_the_recipe_for_droid_runs_from_the_drawing_to_the_dream(
     (draw,) = [w for b in blocks(page, "bash") for w in command_lines(b) if "make_droid_like.py" in w[1]]
     monkeypatch.setattr(sys, "argv", [*draw[1:], "--episodes", "2", "--frames", "30", "--size", "32x48"])
     runpy.run_path(str(ROOT / draw[1]), run_name="__main__")
-    (recipe,) = blocks(page, "python")
+    recipe, labels = blocks(page, "python")
     exec(compile(recipe, str(page), "exec"), {})
     spec = LeRobotDataset("data/droid-cartesian").spec  # opened without arguments: it now says itself what it holds
     assert (spec.action.kind, spec.action.space, spec.action.dim) == ("absolute", "cartesian", 7)
@@ -137,6 +137,12 @@ def test_the_recipe_for_droid_runs_from_the_drawing_to_the_dream(
         assert cli.main([*words[1:], *short.get(words[2], [])]) in (None, 0), f"{shlex.join(words)} failed"
     assert (tmp_path / "droid.mp4").stat().st_size > 1000
     assert load_world_model("runs/droid-wm")[0].spec.control_steps == 3
+
+    exec(compile(labels, str(page), "exec"), {})
+    good, bad = (LeRobotDataset("data/droid-labelled").episode(i) for i in (0, 1))
+    assert good.success and good.frame_success is not None
+    assert good.frame_success.sum() == 7 and good.frame_success[-7:].all()  # half a second at 15 Hz
+    assert bad.success is False and bad.frame_success is not None and not bad.frame_success.any()
 
 
 def test_command_lines_parse(parse: Any) -> None:

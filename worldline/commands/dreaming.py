@@ -37,7 +37,9 @@ class Imagine(SamplingFlags):
     """Replay an episode's actions in a world model's dream; real and imagined side by side.
 
     Example: worldline imagine --world-model runs/wm --data data/drawer --episode 3 --out out.mp4
+
     What a unified model would do: worldline imagine --world-model runs/va --data data/drawer --episode 3 --mode policy
+
     By the instruction alone (a model trained with --model.text hashed --model.actionless 0.5):
     worldline imagine --world-model runs/wm --data data/reach --episode 3 --actions none --instruction "reach the red box"
     """
@@ -160,7 +162,7 @@ class Evaluate(SamplingFlags):
     probe: Path | None = None
     """A probe of object positions (`worldline train probe --target object`)."""
     inverse_model: Path | None = None
-    """A probe of actions (`worldline train probe --target action`)."""
+    """A probe of actions (`worldline train probe --target action`; not what `worldline train inverse` makes)."""
     pose_probes: tuple[Path, ...] = ()
     """Probes of the pose, one a camera (`worldline train probe --target pose --camera NAME`): do the views agree?"""
     i3d: Path | None = None

@@ -25,7 +25,7 @@ class Label:
 
     Every episode says which model that was, and how well it reads each dimension (R2 on held-out episodes of its own data).
 
-    Example: worldline label data/video --inverse runs/inverse --out data/labelled
+    Example: worldline label data/video --inverse runs/reward --out data/labelled
     """
 
     data: Path

@@ -74,7 +74,7 @@ class Posttrain:
     judge likes best, of those whose pictures did not get worse and whose reward it confirmed, is published in --out, a world-model folder
     like any other; the same command goes on after an interruption.
 
-    Example: worldline posttrain --world-model runs/wm --reward runs/inverse-a --judge runs/inverse-b --data data/drawer --out runs/wm-rlir
+    Example: worldline posttrain --world-model runs/wm --reward runs/reward --judge runs/judge --data data/drawer --out runs/wm-rlir
     """
 
     world_model: Path

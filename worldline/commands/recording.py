@@ -31,13 +31,13 @@ class Record:
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
     policy: str | None = None
-    """mixed (experts, perturbed experts, random, play), contact (between success and failure), one of their causes, a policy folder, module:function, ws://host:port.
+    """mixed (experts, perturbed experts, random, play), perturbed (mixed without experts, random and play), contact (between success and failure), one of their causes (docs/data.md lists them), a policy folder, module:function, ws://host:port.
     arm/reach, arm/place: mixed, expert, wrong_object, freeze, play, random. arm/revisit: mixed, revisit (--horizon 280), play, random.
     By default mixed in Meta-World and with the arm, random in Gymnasium, which has no experts."""
     cameras: tuple[str, ...] = ()
     """Views to record; the world's own by default (Meta-World: corner2 gripperPOV; arm: top wrist)."""
     size: int = 64
-    """Height and width of the frames."""
+    """Height and width of the frames: pixels, even, at least 8."""
     seed: int = 0
     horizon: int = 160
     """Control steps of an episode."""

@@ -46,7 +46,7 @@ class Refine(SamplingFlags):
     """
 
     policy: Path
-    """A policy folder: bc and discrete ones learn themselves, a diffusion policy is steered by its noise."""
+    """A policy folder: bc and discrete ones learn themselves, a diffusion or unified video-action policy is steered by its noise."""
     world_model: Path
     scorer: Path
     data: tuple[Path, ...]
@@ -69,7 +69,9 @@ class Refine(SamplingFlags):
     truth: str | None = None
     """Simulator that judges every checked policy afterwards, for example metaworld/drawer-open-v3. It is never trained in."""
     truth_episodes: int = 50
+    """True rollouts of each checked policy."""
     seed_of_truth: int = 1
+    """Of the true starts."""
     processes: int | None = None
     """Simulator processes; one a core by default."""
     videos: int = 3

@@ -17,7 +17,7 @@ class Show:
     """
 
     folder: Path
-    """A tokenizer, world model (of one robot, a member, or of several), policy, scorer, inverse model or probe."""
+    """A tokenizer, world model (of one robot, a member, or of several), policy, scorer, inverse model, probe, trajectory or dynamics model."""
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class LoopConfig:
     accumulate: int = 1
     """Batches summed into one optimiser step."""
     lr: float = 1e-3
+    """Learning rate of AdamW."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: PyTorch's Muon for the matrices inside a transformer's blocks, AdamW for the rest (world models only)."""
     muon_lr: float = 4e-3
@@ -62,10 +63,13 @@ class LoopConfig:
     ema: float = 0.995
     """Decay of the averaged weights, which are the ones published. Reached gradually: at step i at most (1+i)/(10+i)."""
     seed: int = 0
+    """Decides the first weights, the batches and their noise."""
     save_every: int = 200
+    """Steps from one save to the next."""
     eval_every: int = 200
+    """Steps from one evaluation on held-out data to the next."""
     wandb: str | None = None
-    """Weights & Biases project that mirrors the TensorBoard log, which is always written."""
+    """Weights & Biases project that mirrors the TensorBoard log, which is always written (OUT/tensorboard)."""
     mixed_precision: str = "auto"
     """auto: bf16 on GPUs that have it, full precision on CPUs. Or no, fp16, bf16."""
     compile: Literal["auto", "yes", "no"] = "auto"

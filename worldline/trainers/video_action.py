@@ -36,6 +36,7 @@ class TrainVideoAction:
     """Train one network that is a policy, a world model, an inverse model and a video generator.
 
     Example: worldline train video-action --data data/drawer --tokenizer runs/tok --preset tiny --out runs/va
+
     UVA in two stages: the same with --model.design uva --stage video --out runs/video, then with --init-from runs/video.
     """
 

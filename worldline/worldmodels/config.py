@@ -22,18 +22,16 @@ class AutoregressiveConfig:
     own_history: float = 0.0  # share of batches whose history is what the network itself imagines (`training`)
     own_rounds: int = 2  # so many frames of its own errors at the most
     action_dropout: float = 0.0  # share of targets that are not told their action: what guidance compares with
-    actionless: float = (
-        0.0  # share of clips of which no action is known at all: what a dream by the instruction alone asks for
-    )
+    # share of clips of which no action is known at all: what a dream by the instruction alone asks for
+    actionless: float = 0.0
     camera_dropout: float = 0.0  # share of a clip's cameras that are not seen up to a frame drawn
-    camera_noise: float = (
-        0.0  # share of a clip's cameras that are noisy up to a frame drawn, by a level that is not told
-    )
+    # share of a clip's cameras that are noisy up to a frame drawn, by a level that is not told
+    camera_noise: float = 0.0
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
     balance_weight: float = 0.01  # of the experts' load-balancing loss
     # how experts are chosen: learned, shuffled, uniform, fixed, or an embodiment's name: as for that one (`experts`)
     router: str = "learned"
-    solver_steps: int = 1
+    solver_steps: int = 1  # of a frame, in sampling; 1: what may be expected
     history_level: float = 0.0  # level given to finished frames when they become history in sampling
     guidance: float = 1.0  # s in free + s * (told - free), free being what is imagined without the action; 1: none
     # what becomes history: the finished frame, in a pass of its own, or what the solver's last step was given, at its level

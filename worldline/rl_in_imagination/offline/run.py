@@ -45,11 +45,15 @@ class OfflineConfig:
     synthetic: int = 240
     """Rows of a batch that are synthetic, where there is a synthesiser."""
     synthesise_every: int = 10_000
+    """Updates after which synthetic data are made anew."""
     evaluate_every: int = 10_000
+    """Updates between two judgements in the simulator (--task)."""
     save_every: int = 5_000
+    """Updates between two saves."""
     log_every: int = 500
+    """Updates between two rows of the log."""
     rewards: Literal["raw", "return-range"] = "raw"
-    """See `fit_scaling`."""
+    """raw: as they are (TD3+BC). return-range: times the longest episode's steps over the range of returns (IQL)."""
     temperature: float | None = None
     """Of the weights of good episodes among the data given (`episode_weights`), imagined ones among themselves; None: all steps alike."""
 

@@ -191,7 +191,7 @@ def test_a_mismatch_names_every_field_and_both_values() -> None:
         "  action.kind: required 'delta', got 'absolute'",
         "  action.rate_hz: required 5.0, got 15.0",
         f"  pose_names: required {AXES[:6]!r}, got {AXES!r}",
-        "Use components made for the same data and --stride, or join them with an explicit ActionMap.",
+        "Use components made for the same data and --stride.",
     ]
     require_match(SPEC, replace(other, cameras=CAMERAS), between="a and b", only=("cameras",))
     with pytest.raises(SpecMismatch, match=r"camera required: 'head'; got cameras \['exterior_1'"):

@@ -284,17 +284,24 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
     )
 
 
+STAGES_OF = {"trajectory-model": "trajectory"}  # of parts that are not called like the stage that makes them
+
+
+def _a(part: str) -> str:
+    return f"{'an' if part[0] in 'aeiou' else 'a'} {part}"
+
+
 def load_config(folder: str | Path, *, part: str) -> dict[str, Any]:
     """`config.json` of a checkpoint folder, checked to be a `part`. Raises `CheckpointError`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{part} required: no folder {folder}. Train one with `worldline train {part}` or correct the path."
+            f"{part} required: no folder {folder}. Train one with `worldline train {STAGES_OF.get(part, part)}` or correct the path."
         )
     data = read_json(folder / "config.json")
     if data.get("part") != part:
         raise CheckpointError(
-            f"{folder}: a {part} is required here, this is a {data.get('part', 'folder of something else')}."
+            f"{folder}: {_a(part)} is required here, this is {_a(data.get('part', 'folder of something else'))}."
         )
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: checkpoint format {FORMAT} required, got {data.get('format')}.")

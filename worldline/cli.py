@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ VERBS = {
     "label": "recover the actions of video without any, as a new dataset",
     "show": "print what a checkpoint is and how it was made",
 }
+KEEPING = ("record", "train", "rank", "refine", "synthesize", "posttrain", "offline-rl")  # what they have made so far
 STAGES = {
     "tokenizer": "frames to latents and back",
     "world-model": "the autoregressive denoiser",
@@ -76,11 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"worldline: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("worldline: interrupted; the same command goes on from there", file=sys.stderr)
+        print(
+            "worldline: interrupted" + ("; the same command goes on from there" * (args[0] in KEEPING)), file=sys.stderr
+        )
         raise SystemExit(130) from None
 
 
 def _dispatch(args: list[str]) -> None:
+    if args and args[0] == "--version":
+        print(f"worldline {version('worldline')}")
+        return
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE.format(verbs=_listing(VERBS)))
         return

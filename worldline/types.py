@@ -125,9 +125,7 @@ def require_match(
             lines.append(f"  {name}: required {want!r}, got {got!r}")
     if lines:
         raise SpecMismatch(
-            f"{between} do not fit:\n"
-            + "\n".join(lines)
-            + "\nUse components made for the same data and --stride, or join them with an explicit ActionMap."
+            f"{between} do not fit:\n" + "\n".join(lines) + "\nUse components made for the same data and --stride."
         )
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands.conftest import HORIZON, Lab, Run, record
+from tests.commands.conftest import HORIZON, Lab, Run, do, record
 from tests.commands.dots import WORLD
 from worldline.commands import ranking
 from worldline.data import LeRobotDataset
@@ -71,7 +71,7 @@ def test_eval_prints_its_protocol_and_what_departs_from_it(lab: Lab, worldline: 
     assert trained.code == 0, trained.err
     said = worldline(
         "eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--max-episodes", 4, "--frames", 6,
-        "--history-level", 0.2, "--pose-probes", probe, "--i3d", tmp_path / "i3d.pt", "--videos", 0, "--out", out,
+        "--history-level", 0.2, "--pose-probes", probe, "--videos", 0, "--out", out,
     )  # fmt: skip
     assert said.code == 0, said.err
     found, page = results(out, videos=False), (out / "report.html").read_text()
@@ -91,11 +91,40 @@ def test_eval_prints_its_protocol_and_what_departs_from_it(lab: Lab, worldline: 
     assert "imagined frame 100 required" in found["drift"]["excess"]["reason"]
     assert "16 imagined frames required, got 4 of 5" in found["latent_frechet"]["reason"]
     assert {r["camera"] for r in found["multi_view"]["pose_error"]} == {"rgb"}
-    assert "a TorchScript file required, there is none at" in found["fvd"]["reason"]
-    assert "FVD: not measured, because I3D weights" in page
-    assert any(
-        text.startswith("FVD: not measured") for text in json.loads((out / "report.json").read_text())["warnings"]
+    assert "no I3D weights were given" in found["fvd"]["reason"]
+
+
+def test_eval_refuses_judges_of_another_kind(lab: Lab, worldline: Run, tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    do("train", "probe", "--data", lab.data, "--target", "action", "--out", probe, "--max-steps", 1, "--loop.warmup", 1)
+    for option, value, reason in (
+        ("--probe", probe, "--probe: a probe of object or state is required"),
+        ("--identity-probe", probe, "--identity-probe: a probe of identity is required"),
+        ("--pose-probes", probe, "a probe of the pose from one camera required, got action"),
+        ("--action-free", lab.wm, "trained with --model.network.actions False is required"),
+        ("--i3d", tmp_path / "i3d.pt", "--i3d: the TorchScript file of I3D is required, there is none at"),
+    ):
+        said = worldline("eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--frames", 4,
+                         "--out", tmp_path / "report", option, value)  # fmt: skip
+        assert said.code == 2 and reason in " ".join(said.err.split()), said.err
+        assert not (tmp_path / "report").exists()
+
+
+def test_what_keeps_nothing_does_not_promise_to_go_on(
+    lab: Lab, worldline: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worldline.commands import dreaming
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreaming, "evaluate_world_model", stopped)
+    said = worldline(
+        "eval", "--world-model", lab.wm, "--data", lab.data, "--split", "all", "--out", tmp_path / "report"
     )
+    assert said.code == 130 and said.err.strip() == "worldline: interrupted"
+    said = worldline("--version")
+    assert said.code == 0 and said.out.startswith("worldline 0.")
 
 
 def test_eval_joins_datasets_and_counts_actions_out_of_range(lab: Lab, worldline: Run, tmp_path: Path) -> None:

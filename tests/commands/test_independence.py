@@ -67,6 +67,11 @@ def test_true_starts_in_the_training_data_are_told(lab: Lab) -> None:
     assert shared(lab, lab.wm, truth=(WORLD, [12345, 12346])) == []
 
 
+def test_the_truth_of_another_task_is_told(lab: Lab) -> None:
+    (said,) = shared(lab, lab.wm, truth=("gym/CartPole-v1", [12345, 12346]))
+    assert said.startswith(f"the world model learned from {WORLD}, not from gym/CartPole-v1")
+
+
 def test_a_threshold_chosen_on_rollouts_of_the_ranked_policy_is_told(
     lab: Lab, seen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

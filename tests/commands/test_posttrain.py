@@ -117,6 +117,13 @@ def test_both_models_rank_the_same_policies(home: Path, lab: Lab, worldline: Run
     assert before["change"] is None and after["change"] == change and change["episodes"] == 4
     assert before["outcomes"]["true"] == after["outcomes"]["true"]
     assert change["measures"]["bias"]["after"] == pytest.approx(after["statistics"]["bias"])
+    fresh = [*command(home, tmp_path / "fresh"), "--override-audit", "True", *asked]
+    for wrong, reason in (
+        (["--ranking.policies", *policies[:2], "nowhere"], "policy required: no folder nowhere"),
+        (["--ranking.truth", "drawer"], "world required"),
+    ):  # before post-training, not after it
+        said = worldline(*fresh, *wrong)
+        assert said.code == 2 and reason in said.err and not (tmp_path / "fresh").exists()
     said = worldline(
         *run, "--ranking.policies", *policies[:2], "--ranking.scorer", lab.scorer, "--ranking.truth", WORLD
     )
@@ -140,6 +147,9 @@ def test_a_unified_model_is_post_trained_too_by_adapters(home: Path, lab: Lab, w
     assert "--rl.grpo.prefix: whole chunks of 2 frames are required by this world model, got 4 and 3" in " ".join(
         said.err.split()
     )
+    said = worldline(*run, "--rl.grpo.frames", 4, "--rl.grpo.explore", 0.4)
+    assert said.code == 2 and "--rl.grpo.explore: an autoregressive world model is required" in said.err
+    assert not (tmp_path / "out").exists()  # the folder is free for the command as it should be
     said = worldline(*run, "--rl.grpo.frames", 4, "--rl.grpo.prefix", 2)
     assert said.code == 0, said.err
     assert len(results(tmp_path / "out", videos=True)["history"]) == 2
@@ -170,5 +180,5 @@ def test_what_is_refused(home: Path, lab: Lab, worldline: Run, tmp_path: Path) -
     said = worldline(*command(home, tmp_path / "out"), *override, "--rl.grpo.solver-steps", 1)
     assert said.code == 2 and "at least 4 solver steps are required" in " ".join(said.err.split())
     said = worldline(*command(home, tmp_path / "out", reward=lab.scorer), *override)
-    assert said.code == 2 and "a inverse is required here, this is a scorer" in said.err
+    assert said.code == 2 and "an inverse is required here, this is a scorer" in said.err
     assert not (tmp_path / "out").exists()

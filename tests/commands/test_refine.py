@@ -115,4 +115,6 @@ def test_what_cannot_be_refined_is_said(lab: Lab, worldline: Run, tmp_path: Path
     refused("whole groups of 8 (grpo), got 4", more=("--rl.ppo.algorithm", "grpo"))
     refused("threshold between 0 and 1 required, got 1.5", more=("--threshold", 1.5))
     refused("--doubt-steps: solver_steps=99 asks for level", more=("--doubt-steps", 99))
+    # a mistyped simulator is said before hours of training, not after them
+    refused('"arm/<task>", "metaworld/<task>" or "gym/<environment id>", got \'drawer\'', more=("--truth", "drawer"))
     refused("clip must be above 0", more=("--rl.ppo.clip", -1))

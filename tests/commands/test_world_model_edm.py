@@ -33,9 +33,13 @@ def test_imagine_and_eval(edm: Path, lab: Lab, worldline: Run, tmp_path: Path) -
     video = tmp_path / "out.mp4"
     said = worldline("imagine", "--world-model", edm, "--data", lab.data, "--episode", 1, "--frames", 4, "--out", video)
     assert said.code == 0 and video.is_file(), said.err
-    out = tmp_path / "report"
+    out, free = tmp_path / "report", tmp_path / "free"
+    said = worldline("train", "world-model", "--data", lab.data, "--tokenizer", lab.tok, "--out", free, "--max-steps", 1,
+                     "--frames", 4, "--model.network.window", 4, "--model.network.width", 32, "--model.network.depth", 1,
+                     "--model.network.heads", 2, "--model.network.actions", False, "--loop.warmup", 1)  # fmt: skip
+    assert said.code == 0, said.err
     said = worldline("eval", "--world-model", edm, "--data", lab.data, "--split", "all", "--max-episodes", 2, "--frames", 4,
-                     "--solver-steps", 1, "--action-free", lab.wm, "--videos", 0, "--out", out)  # fmt: skip
+                     "--solver-steps", 1, "--action-free", free, "--videos", 0, "--out", out)  # fmt: skip
     assert said.code == 0, said.err
     protocol = results(out, videos=False)["protocol"]
     used = {"solver_steps": 1, "churn": 0.0, "sigma_max": 10.0, "sigma_min": 0.004}

@@ -245,3 +245,13 @@ def test_runs_of_different_precision_follow_each_other_in_one_process(tmp_path):
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
         LoopConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"clip": -1.0}, {"clip": 0.0}, {"warmup": -5}, {"cooldown": 3.0}, {"weight_decay": -0.1}]
+)
+def test_settings_that_would_climb_instead_of_descend_are_refused(change):
+    """A negative norm to clip to turned every gradient round, and the run ended without a word."""
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"required, got.*{name}={value:g}"):
+        LoopConfig(**change)

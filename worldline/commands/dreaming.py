@@ -12,12 +12,12 @@ from torch import Tensor
 from worldline.checkpoint import to_json
 from worldline.commands.asking import ask
 from worldline.commands.dreaming_page import evaluation_page
+from worldline.commands.judging import load_judges
 from worldline.commands.outputs import check_report_folder, check_video_file, command_line
-from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream, load_scorer
+from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream
 from worldline.data import LeRobotDataset
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid, write_mp4
-from worldline.eval.consistency import by_camera
 from worldline.eval.probes import Probe
 from worldline.eval.protocol import protocol_results
 from worldline.eval.ranking import imagine_replays, replay_diagnostic
@@ -26,8 +26,7 @@ from worldline.eval.revisit import revisit_identity
 from worldline.eval.world_model import evaluate_world_model
 from worldline.policies import load_policy
 from worldline.rl_in_imagination.dream import Dream, rollout
-from worldline.rl_in_imagination.success import SuccessScorer
-from worldline.types import WorldSpec, require_match
+from worldline.types import require_match
 from worldline.worldmodels import TrainedWorldModel
 from worldline.worldmodels.trajectories import Guidance
 
@@ -204,7 +203,18 @@ def run_eval(config: Evaluate, *, progress: bool = True) -> Path:
         replace(within_range(x, dream.spec.action, clip=config.clip_actions), **_degraded(config, dream))
         for x in (opened.cut, opened.held)
     )
-    judges = _load_judges(config, dream.spec)
+    judges = load_judges(
+        dream.spec,
+        sampling=config.sampling(),
+        action_free=config.action_free,
+        probe=config.probe,
+        inverse_model=config.inverse_model,
+        pose_probes=config.pose_probes,
+        identity_probe=config.identity_probe,
+        scorer=config.scorer,
+    )
+    if config.i3d is not None and not config.i3d.is_file():
+        raise WorldlineError(f"--i3d: the TorchScript file of I3D is required, there is none at {config.i3d}")
     found = evaluate_world_model(
         dream,
         replays,
@@ -338,46 +348,6 @@ def _protocol(config: Evaluate, dream: Dream, replays: Replays) -> dict[str, Any
         hidden=config.hidden,
         noisy=config.noisy,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Judges:
-    """What `eval` measures with, all of it made for the world model's cameras."""
-
-    action_free: Dream | None
-    probe: Probe | None
-    inverse_model: Probe | None
-    pose_probes: Mapping[str, Probe]
-    identity: Probe | None
-    scorer: SuccessScorer | None
-
-
-def _load_judges(config: Evaluate, spec: WorldSpec) -> _Judges:
-    judges = _Judges(
-        action_free=load_dream(config.action_free, _without_actions(config.sampling())) if config.action_free else None,
-        probe=Probe.from_pretrained(config.probe) if config.probe else None,
-        inverse_model=Probe.from_pretrained(config.inverse_model) if config.inverse_model else None,
-        pose_probes=by_camera({f"--pose-probes {path}": Probe.from_pretrained(path) for path in config.pose_probes}),
-        identity=Probe.from_pretrained(config.identity_probe) if config.identity_probe else None,
-        scorer=load_scorer(config.scorer) if config.scorer else None,
-    )
-    if judges.action_free is not None:
-        require_match(spec, judges.action_free.spec, between="world model and --action-free")
-    for judge, flag, only in (
-        (judges.probe, "--probe", ("cameras",)),
-        (judges.inverse_model, "--inverse-model", ("cameras", "control_steps")),
-        (judges.identity, "--identity-probe", ("cameras",)),
-        (judges.scorer, "--scorer", ("cameras", "control_steps")),
-        *((probe, "--pose-probes", ("cameras", "pose_names")) for probe in judges.pose_probes.values()),
-    ):
-        if judge is not None:
-            require_match(spec, judge.spec, between=f"world model and {flag}", only=only)
-    return judges
-
-
-def _without_actions(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings for a model that knows no actions: there is nothing to guide it by."""
-    return {name: value for name, value in sampling.items() if name != "guidance"}
 
 
 def _probe_truth(probe: Probe, replays: Replays, dataset: LeRobotDataset) -> Tensor:

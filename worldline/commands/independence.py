@@ -38,11 +38,18 @@ def shared_with_training(
         for named, parts in missing.items()
     ]
     found += _planned(policies, {"world model": world_model, "scorer": scorer})
+    learned: set[str] = set()
     for root, parts in used.items():
         recorded = [dict(p or {}) for p in LeRobotDataset(root).episode_table["provenance"].tolist()]
         found += _policies(policies, recorded, f"in {root}, the data of the {', '.join(parts)}")
         if truth is not None and "world-model" in parts:
             found += _starts(*truth, recorded, root)
+            learned |= {str(p["simulator"]) for p in recorded if p.get("simulator")}
+    if truth is not None and learned and truth[0] not in learned:
+        found.append(
+            f"the world model learned from {', '.join(sorted(learned))}, not from {truth[0]}, the truth here: what it imagines there it was "
+            "never shown"
+        )
     return found
 
 

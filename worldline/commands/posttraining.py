@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line, report_results
-from worldline.commands.ranking import Rank, run_rank
+from worldline.commands.ranking import Rank, check_rank, run_rank
 from worldline.commands.ranking_page import add_change
 from worldline.commands.rollouts import weights_of
 from worldline.data import require_actions
@@ -21,6 +21,7 @@ from worldline.eval import Report, video_grid
 from worldline.eval.plots import curve_bands
 from worldline.eval.protocol import PROTOCOL
 from worldline.eval.replays import open_for
+from worldline.rl_in_imagination.denoiser_grpo import require_retelling
 from worldline.rl_in_imagination.inverse import InverseModel
 from worldline.rl_in_imagination.inverse_audit import GOOD, InverseAudit, check_inverse, stored_audit
 from worldline.tokenizers import Tokenizer
@@ -36,7 +37,7 @@ from worldline.trainers.inputs import (
 from worldline.trainers.inverse import require_disjoint
 from worldline.trainers.posttraining import Posttraining, PosttrainSettings, opening, posttrain
 from worldline.types import Clip, TracedWorldModel, WorldModel, require_match
-from worldline.worldmodels import load_world_model
+from worldline.worldmodels import AutoregressiveWorldModel, load_world_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,13 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
             f"world-model, or video-action of design uwm), got {type(model).__name__}"
         )
     model.require_traceable(config.rl.grpo.solver_steps)
+    if config.rl.grpo.explore:
+        require_retelling(model)
+    if isinstance(model, AutoregressiveWorldModel) and len(model.network.ports) > 1:
+        raise SpecMismatch(
+            f"--world-model {config.world_model}: a world model of one robot is required, this one shares its network with "
+            f"{len(model.network.ports) - 1} others, which would change with it"
+        )
     chunk, grpo = model.traced_chunk(), config.rl.grpo
     if grpo.frames % chunk or grpo.prefix % chunk:
         raise SpecMismatch(
@@ -137,6 +145,8 @@ def run_posttrain(config: Posttrain, *, progress: bool = True) -> Path:
     dreamt = grpo.prefix + grpo.frames + 1
     checked = _check_frames(model.spec.chunk, dreamt if grpo.prefix else 0)
     _require_clips(training, held_out, dreamt, checked, stride)
+    if rank := _ranking(config):
+        check_rank(rank)
     claim_output(
         config.out,
         "post-training",
@@ -203,13 +213,12 @@ def _kept(settings: PosttrainSettings) -> Any:
     return {k: v for k, v in to_json(settings).items() if k not in ("iterations", "patience")}
 
 
-def _ranked(config: Posttrain, progress: bool) -> dict[str, Any] | None:
-    """How both world models rank the policies of --ranking, in reports of their own; None if it was not asked."""
+def _ranking(config: Posttrain) -> Rank | None:
+    """By the world model as it was."""
     asked = config.ranking
     if not asked.policies or asked.scorer is None:
         return None
-    before, after = config.out / "ranking" / "before", config.out / "ranking" / "after"
-    rank = Rank(
+    return Rank(
         world_model=config.world_model,
         scorer=asked.scorer,
         policies=asked.policies,
@@ -219,8 +228,16 @@ def _ranked(config: Posttrain, progress: bool) -> dict[str, Any] | None:
         horizon=asked.horizon,
         seed=asked.seed,
         processes=asked.processes,
-        out=before,
+        out=config.out / "ranking" / "before",
     )
+
+
+def _ranked(config: Posttrain, progress: bool) -> dict[str, Any] | None:
+    """How both world models rank the policies of --ranking, in reports of their own; None if it was not asked."""
+    rank = _ranking(config)
+    if rank is None:
+        return None
+    before, after = rank.out, config.out / "ranking" / "after"
     run_rank(rank, progress=progress)
     shutil.copytree(before / "rollouts", after / "rollouts", dirs_exist_ok=True)  # the true ones are the same
     run_rank(replace(rank, world_model=config.out, out=after, against=before), progress=progress)

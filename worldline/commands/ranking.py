@@ -18,6 +18,7 @@ from worldline.commands.rollouts import (
     Kept,
     Truth,
     TruthSettings,
+    check_truth,
     fingerprint_of,
     fingerprint_of_tensor,
     identity_of,
@@ -42,7 +43,7 @@ from worldline.executor import index_observation
 from worldline.policies import ThroughTokenizer
 from worldline.rl_in_imagination.dream import Dream, rollout
 from worldline.rl_in_imagination.success import SuccessScorer
-from worldline.types import Observation, Policy, require_match
+from worldline.types import Observation, Policy, WorldSpec, require_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +143,7 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
     earlier = earlier_outcomes(config.against, labels(config.policies))
     judges = _load_judges(config)
     dream, scorer = judges.dream, judges.scorer
-    policies = {name: load_acting(name, spec=dream.spec) for name in config.policies}
-    for name, policy in policies.items():
-        require_match(dream.spec, policy.spec, between=f"world model and policy {name}")
+    policies = _load_policies(config, dream.spec)
     settings = _truth_settings(config, dream)
     replays = _load_replays(config, dream)
     with Truth(settings, judges.kept) if settings else nullcontext() as truth:
@@ -196,6 +195,21 @@ def run_rank(config: Rank, *, progress: bool = True) -> Path:
         _videos(report, config, judges, policies, ranked, starts, frames, truth)
     report.write(config.out, results)
     return config.out
+
+
+def check_rank(config: Rank) -> None:
+    """Raise at once what `run_rank` would raise after hours of something else: for what is not there, or does not fit."""
+    dream = _load_judges(config).dream
+    _load_policies(config, dream.spec)
+    if settings := _truth_settings(config, dream):
+        check_truth(settings)
+
+
+def _load_policies(config: Rank, spec: WorldSpec) -> dict[str, Policy]:
+    policies = {name: load_acting(name, spec=spec) for name in config.policies}
+    for name, policy in policies.items():
+        require_match(spec, policy.spec, between=f"world model and policy {name}")
+    return policies
 
 
 def labels(policies: tuple[str, ...]) -> list[str]:

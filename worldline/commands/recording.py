@@ -49,6 +49,11 @@ class Record:
     processes: int | None = None
     """Worker processes; one a core by default."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("episodes", 1), ("seed", 0), ("horizon", 1), ("control_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')}: at least {least} required, got {getattr(self, name)}")
+
 
 def run_record(config: Record, *, progress: bool = True) -> Path:
     """Record, and return the dataset's folder. Goes on with an interrupted recording of the same settings."""
@@ -121,6 +126,10 @@ class Inspect:
     """Folder for the report; reports/inspect-NAME by default."""
     max_episodes: int | None = None
     """Look at only so many episodes."""
+
+    def __post_init__(self) -> None:
+        if self.max_episodes is not None and self.max_episodes < 1:
+            raise ValueError(f"--max-episodes: at least 1 required, got {self.max_episodes}")
 
 
 def run_inspect(config: Inspect, *, progress: bool = True) -> Path:

@@ -12,7 +12,7 @@ from worldline.checkpoint import to_json
 from worldline.commands.outputs import command_line
 from worldline.commands.recording import cores
 from worldline.commands.refining_page import refinement_page
-from worldline.commands.rollouts import Kept, Truth, TruthSettings, fingerprint_of, identity_of, weights_of
+from worldline.commands.rollouts import Kept, Truth, TruthSettings, check_truth, fingerprint_of, identity_of, weights_of
 from worldline.commands.sampling import SamplingFlags, calibrate_doubt, load_doubt, load_dream, load_scorer
 from worldline.errors import WorldlineError
 from worldline.eval import Report, video_grid
@@ -95,6 +95,8 @@ def run_refine(config: Refine, *, progress: bool = True) -> Path:
     scorers = {config.scorer, config.check_scorer or config.scorer}
     failures = [f"{s}: {said}" for s in sorted(scorers) for said in check_scorer(s, override=config.override_audit)]
     dream = load_dream(config.world_model, config.sampling())
+    if settings := _truth_settings(config, dream.spec):
+        check_truth(settings)
     scorer = _load_scorer(config.scorer, dream)
     doubt = load_doubt(dream, config.doubt_steps) if config.doubt_steps else None
     actor = load_actor(config.policy, dream.spec, least_std=config.rl.least_std)
@@ -225,22 +227,28 @@ def hallucination(diagnostic: ReplayDiagnostic) -> dict[str, Any]:
     return {"failures": episodes - true, "called_success": wrong, "successes": true, "imagined_successes": said}
 
 
+def _truth_settings(config: Refine, spec: WorldSpec) -> TruthSettings | None:
+    if config.truth is None:
+        return None
+    return TruthSettings(
+        world=config.truth,
+        spec=spec,
+        episodes=config.truth_episodes,
+        starts=config.truth_episodes,
+        horizon=(config.rl.frames - 1) * spec.control_steps,
+        frames=config.rl.frames,
+        seed=config.seed_of_truth,
+        processes=cores() if config.processes is None else config.processes,
+    )
+
+
 def _truth(
     config: Refine, first: Opinion, second: Opinion | None, found: Refinement, kept: Kept, progress: bool
 ) -> dict[str, Any]:
     """Of every checked policy: true and imagined success from the same starts, and how often the dream made a failure a success."""
     spec, frames = first.judges.dream.spec, config.rl.frames
-    assert config.truth is not None
-    settings = TruthSettings(
-        world=config.truth,
-        spec=spec,
-        episodes=config.truth_episodes,
-        starts=config.truth_episodes,
-        horizon=(frames - 1) * spec.control_steps,
-        frames=frames,
-        seed=config.seed_of_truth,
-        processes=cores() if config.processes is None else config.processes,
-    )
+    settings = _truth_settings(config, spec)
+    assert settings is not None
     rows = []
     successes: dict[int, Tensor] = {}
     with Truth(settings, kept) as truth:

@@ -21,6 +21,7 @@ from worldline.errors import WorldlineError
 from worldline.policies import CallablePolicy, Corrupted
 from worldline.policies.remote import RemotePolicy
 from worldline.rl_in_imagination.planning import BestOfN
+from worldline.sim.base import make_world
 from worldline.sim.record import episode_seed
 from worldline.sim.rollout import RolloutResult, rollout_actions, rollout_policy
 from worldline.sim.workers import WorldPool
@@ -117,6 +118,15 @@ class TruthSettings:
     @property
     def seeds(self) -> list[int]:
         return [episode_seed(TRUTH_STREAM + self.seed, i) for i in range(self.starts)]
+
+
+def check_truth(settings: TruthSettings) -> None:
+    """Raise at once what `Truth` would raise hours later: `SimulatorError` for an unknown name, `SpecMismatch` for another world."""
+    world = make_world(settings.world, **settings.options)
+    try:
+        require_match(world.spec, settings.spec, between=f"simulator {settings.world} and world model")
+    finally:
+        world.close()
 
 
 class Truth:

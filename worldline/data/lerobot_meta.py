@@ -158,7 +158,9 @@ def column_names(info: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, 
         entry = info["features"].get(column)
         if entry is None:
             numeric = [k for k, e in info["features"].items() if e["dtype"] not in ("video", "image")]
-            raise DatasetError(f"column {column!r} required, got columns {numeric}. Choose among these.")
+            raise DatasetError(
+                f"column {column!r} required, got columns {numeric}. Say which hold actions and poses (action_columns=, pose_columns=: docs/data.md)."
+            )
         names, width = entry.get("names"), int(np.prod(entry["shape"]))
         if isinstance(names, dict):  # {"axes": [...]} or {"motors": [...]}
             names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]

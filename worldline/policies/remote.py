@@ -10,6 +10,7 @@ The messages are described in `worldline.policies.wire` and docs/remote_policy.m
 import itertools
 import logging
 import time
+import weakref
 from dataclasses import fields, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -193,6 +194,8 @@ class RemotePolicy:
                     ping_interval=None,
                     proxy=None if _is_local(self.url) else True,
                 )
+                # a server that loses its client without a word says so at length
+                weakref.finalize(self, self._socket.close)
                 return read_hello(self._socket.recv(timeout=self.timeout), who=self.url)
             except (OSError, WebSocketException) as error:
                 self.close()
@@ -217,7 +220,7 @@ def declared_spec(hello: Hello, world: WorldSpec, *, who: str) -> WorldSpec:
         if len(given.get(name, getattr(world.action, name))) != dims:
             raise PolicyError(
                 f"{who}: the server declares {dims} action names {given.get('names')}, the world has {world.action.dim} "
-                f"({', '.join(world.action.names)}). Declare low and high too, and join the two with an ActionMap."
+                f"({', '.join(world.action.names)}). Declare names, low and high of the same number."
             )
     return replace(
         world,

@@ -42,6 +42,14 @@ class Retelling(Protocol):
     def retold(self, trace: Trace, actions: Float[Tensor, "n f k a"]) -> Trace: ...
 
 
+def require_retelling(model: Any) -> None:
+    """Raise `SpecMismatch` for a model that cannot explore."""
+    if not isinstance(model, Retelling):
+        raise SpecMismatch(
+            f"--rl.grpo.explore: an autoregressive world model is required, whose dreams can be told as of other commands, got {type(model).__name__}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GRPOConfig:
     """How dreams become updates of the world model."""
@@ -138,10 +146,8 @@ def dream(
 
     Raises `WorldlineError` for NaN in rewards, `SpecMismatch` to explore with a model that cannot retell a path.
     """
-    if config.explore and not isinstance(model, Retelling):
-        raise SpecMismatch(
-            f"--rl.grpo.explore: an autoregressive world model is required, whose dreams can be told as of other commands, got {type(model).__name__}"
-        )
+    if config.explore:
+        require_retelling(model)
     rows = torch.arange(len(actions)).repeat_interleave(config.group)
     seen, actions = repeat(seen, rows), actions[rows]
     meant = offset(actions, model.spec.action, config.explore, seeds)

@@ -38,6 +38,10 @@ class AutoencoderConfig:
     kl_weight: float = 1e-6
 
     def __post_init__(self) -> None:
+        if self.fold < 1 or self.latent_channels < 1:
+            raise ValueError(
+                f"fold and latent_channels of at least 1 required, got {self.fold} and {self.latent_channels}"
+            )
         if len(self.blocks) < 2:
             raise ValueError(f"blocks must hold at least two widths (one halving), got {self.blocks}")
         if self.family == "tiny" and len(set(self.blocks)) != 1:

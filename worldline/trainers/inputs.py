@@ -301,11 +301,7 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from
         before = read_json(path)
         if (held := before.get("part", "run of an older worldline")) != part:
             raise CheckpointError(f"{out}: a {part} was to be trained here, it holds a {held}. Choose another --out.")
-        changed = [
-            f"  {k}: was {before['config'].get(k)!r}, is now {v!r}"
-            for k, v in record["config"].items()
-            if k in before["config"] and before["config"][k] != v  # older runs do not say everything
-        ]
+        changed = changes(before["config"], record["config"])
         if changed:
             raise CheckpointError(
                 f"{out} holds a run with other settings:\n"
@@ -316,6 +312,18 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from
         raise CheckpointError(f"{out}: an empty or new folder is required, it holds {held[:4]}. Choose another --out.")
     else:
         write_json(path, record)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> list[str]:
+    """A line for each field that is another now, by its dotted name. Fields that `before` does not have are no change."""
+    lines: list[str] = []
+    for name, value in now.items():
+        was = before.get(name, value)
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            lines += changes(was, value, within=f"{within}{name}.")
+        elif was != value:
+            lines.append(f"  {within}{name}: was {was!r}, is now {value!r}")
+    return lines
 
 
 def _held(out: Path) -> list[str]:

@@ -81,6 +81,12 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lr < math.inf or not 0 <= self.ema < 1:
             raise ValueError(f"lr must be at least 0 and ema in [0, 1), got lr={self.lr} and ema={self.ema}")
+        if not self.clip > 0 or self.warmup < 0 or not 0 <= self.cooldown <= 1 or not self.weight_decay >= 0:
+            raise ValueError(
+                "clip above 0 (the largest gradient norm; a large one clips nothing), warmup of at least 0 steps, cooldown a share from 0 to 1 "
+                f"and weight_decay of at least 0 required, got clip={self.clip:g}, warmup={self.warmup}, cooldown={self.cooldown:g} and "
+                f"weight_decay={self.weight_decay:g}"
+            )
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise ValueError("optimizer muon is not made for mixed_precision fp16: use bf16 or no")
         if self.mixed_precision not in ("auto", "no", "fp16", "bf16"):

@@ -59,6 +59,10 @@ class TrainOffline:
 
     def __post_init__(self) -> None:
         require_density(self.kind)
+        if self.policy.kind not in (PolicyConfig().kind, self.kind):
+            raise ValueError(
+                f"--kind says what policy it is, got --kind {self.kind} and --policy.kind {self.policy.kind}"
+            )
         if self.episodes is not None and self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if self.persist < 1:

@@ -46,6 +46,10 @@ class TrainPolicy:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200, batch_size=64, lr=1e-3, ema=0.995))
 
     def __post_init__(self) -> None:
+        if self.policy.kind not in (PolicyConfig().kind, self.kind):
+            raise ValueError(
+                f"--kind says what policy it is, got --kind {self.kind} and --policy.kind {self.policy.kind}"
+            )
         if self.episodes is not None and self.episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {self.episodes}")
         if self.imagined_share is not None and not 0 < self.imagined_share < 1:

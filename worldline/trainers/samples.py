@@ -89,7 +89,8 @@ class SampleDraw:
         if not owner:
             raise DatasetError(
                 f"{[str(s.dataset.root) for s in selections]}: no moment to learn from in {len(self.moments)} episodes. "
-                "Success labels, states or longer episodes are required."
+                "What is learned must be there: success labels for a scorer or implicit Q-learning (docs/data.md), states for a probe of them, and "
+                "episodes at least as long as what is learned from one."
             )
         self.owner, self.targets = torch.tensor(owner), torch.cat(flat)
         self.pools, self.shares = [torch.arange(len(owner))], (1.0,)
@@ -108,7 +109,8 @@ class SampleDraw:
             if not all(map(len, self.pools)):
                 raise DatasetError(
                     f"labelled frames of both kinds are required, got {int(positive.sum())} with success and "
-                    f"{int((~positive).sum())} without. Record failures as well as successes (`--policy mixed`)."
+                    f"{int((~positive).sum())} without. Record, or label, what is missing (`record --policy mixed` has both; docs/data.md, "
+                    "success labels)."
                 )
 
     def __len__(self) -> int:

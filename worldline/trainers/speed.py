@@ -40,7 +40,7 @@ def build_optimizers(model: nn.Module, config: "LoopConfig") -> list[torch.optim
     if config.optimizer == "muon":
         if not isinstance(model, FastTraining):
             raise SpecMismatch(
-                f"optimizer muon requires a model with hidden_matrices(), got {type(model).__name__}: use adamw"
+                f"--loop.optimizer muon requires a world model, whose matrices it knows (hidden_matrices), got {type(model).__name__}: use adamw"
             )
         hidden = [p for p in model.hidden_matrices() if p.requires_grad]
     taken = {id(p) for p in hidden}

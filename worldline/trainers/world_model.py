@@ -63,15 +63,23 @@ class TrainWorldModel:
     def __post_init__(self) -> None:
         # with weights from elsewhere their window counts, once they are read
         window = self.model.network.window if self.init_from is None else 1
-        check_clips(self.frames, window, self.starts, self.max_episodes)
+        check_clips(self.frames, window, self.starts, self.max_episodes, stride=self.stride)
 
 
 def check_clips(
-    frames: int, window: int, starts: float, max_episodes: int | None, *, flag: str = "--model.network.window"
+    frames: int,
+    window: int,
+    starts: float,
+    max_episodes: int | None,
+    *,
+    stride: int,
+    flag: str = "--model.network.window",
 ) -> None:
     """Raise `ValueError` for settings of training clips that cannot be. `flag` sets the window: the frames of history and the next."""
     if frames < 2:
         raise ValueError(f"frames must be at least 2, got {frames}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
     if frames < window:
         raise ValueError(
             "clips of at least as many frames as the window required, or its far end is never trained: got "

@@ -58,6 +58,7 @@ class TrainWorldModelEDM:
             self.model.history + 1,
             self.starts,
             self.max_episodes,
+            stride=self.stride,
             flag="--model.history, with the next frame,",
         )
         if self.loop.optimizer == "muon":

@@ -70,7 +70,8 @@ class TrainWorldModels:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        world_model.check_clips(self.frames, self.model.network.window, self.starts, self.max_episodes)
+        window = self.model.network.window
+        world_model.check_clips(self.frames, window, self.starts, self.max_episodes, stride=self.stride)
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {

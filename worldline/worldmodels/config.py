@@ -41,6 +41,10 @@ class AutoregressiveConfig:
         for name in ("action_dropout", "actionless", "camera_dropout", "camera_noise", "own_history"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share, at least 0 and below 1, got {getattr(self, name)}")
+        if not self.max_weight > 0 or not self.pose_weight >= 0:
+            raise ValueError(
+                f"max_weight above 0 and pose_weight of at least 0 required, got {self.max_weight:g} and {self.pose_weight:g}"
+            )
         if self.own_rounds < 1:
             raise ValueError(f"own_rounds must be at least 1, got {self.own_rounds}")
         if self.balance_weight < 0:

@@ -51,6 +51,8 @@ class EDMConfig:
             raise ValueError(
                 f"block_out_channels that norm_groups={self.norm_groups} divides required, got {self.block_out_channels}"
             )
+        if self.bins < 2:
+            raise ValueError(f"bins must be at least 2, got {self.bins}")
         if self.solver_steps < 1:
             raise ValueError(f"solver_steps must be at least 1, got {self.solver_steps}")
         if not self.sigma_data > 0 or self.history_noise < 0 or self.churn < 0:

@@ -284,6 +284,18 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
     )
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> list[str]:
+    """A line for each field that is another now, by its dotted name. Fields that `before` does not have are no change."""
+    lines: list[str] = []
+    for name, value in now.items():
+        was = before.get(name, value)
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            lines += changes(was, value, within=f"{within}{name}.")
+        elif was != value:
+            lines.append(f"  {within}{name}: was {was!r}, is now {value!r}")
+    return lines
+
+
 STAGES_OF = {"trajectory-model": "trajectory"}  # of parts that are not called like the stage that makes them
 
 

@@ -70,8 +70,8 @@ def test_policies_are_judged_in_the_simulator_and_a_run_goes_on(worldline: Run, 
     assert worldline(*command).code == 0 and results(tmp_path / "run", videos=False) == first
     said = worldline(*command, "--td3bc.alpha", 1.0)
     assert said.code == 2 and "holds a run with other settings" in said.err
-    for flags, was in ((["--episodes", 2], "episodes: required 1, got 2"),
-                       (["--task", "None"], "task: required 'pointmaze/umaze', got None")):  # fmt: skip
+    for flags, was in ((["--episodes", 2], "episodes: was 1, is now 2"),
+                       (["--task", "None"], "task: was 'pointmaze/umaze', is now None")):  # fmt: skip
         said = worldline(*command, *flags)
         assert said.code == 2 and was in said.err, said.err  # or old returns were reported as new ones
     assert results(tmp_path / "run", videos=False) == first

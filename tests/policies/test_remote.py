@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from tests.oracles import SPEC, DotPolicy, DotScorer, ExactDotWorldModel, dot_tokenizer
@@ -257,6 +258,38 @@ def test_a_request_is_repeated_to_a_stateless_server_that_came_back_and_not_to_a
                 with pytest.raises(PolicyError, match="went away"):
                     policy.act(starts(3), state, seeds=torch.arange(3))
             policy.close()
+
+
+def test_a_program_that_ends_hangs_up() -> None:
+    """A server once told of every finished ranking with a traceback: its client was gone without a word."""
+    ended: list[str] = []
+
+    def converse(connection: ServerConnection) -> None:
+        connection.send(msgpack.packb(HELLO))
+        try:
+            connection.recv()
+        except ConnectionClosed as closed:
+            ended.append(type(closed).__name__)
+
+    program = """
+import sys
+from tests.oracles import SPEC
+from worldline.policies.remote import RemotePolicy
+policy = RemotePolicy(sys.argv[1], SPEC)
+"""
+    with raw_server(converse) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", program, url],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        until = time.monotonic() + 10
+        while not ended and time.monotonic() < until:
+            time.sleep(0.05)
+    assert ended == ["ConnectionClosedOK"]
 
 
 def test_a_server_that_answers_too_late() -> None:

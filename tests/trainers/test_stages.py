@@ -154,6 +154,10 @@ def test_a_world_model_interrupted_and_resumed_is_bit_exact(optimizer, dots, pat
 
 def test_other_inputs_and_other_folders_are_refused(dots, patches, dreamer, tmp_path):
     changed = world_model_config(dots, patches, dreamer, stride=2, loop=loop(110, lr=5e-3))
+    network = dataclasses.replace(changed.model.network, depth=3)
+    deeper = dataclasses.replace(changed, stride=1, model=dataclasses.replace(changed.model, network=network))
+    with pytest.raises(CheckpointError, match=r"other settings:\n  model\.network\.depth: was \d, is now 3\n"):
+        world_model.run(deeper, progress=False)
     with pytest.raises(CheckpointError, match=r"holds a run with other settings:\n  stride: was 1, is now 2"):
         world_model.run(changed, progress=False)
     with pytest.raises(CheckpointError, match=r"a policy was to be trained here, it holds a world-model"):

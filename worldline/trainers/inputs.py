@@ -13,7 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from jaxtyping import Float
 from torch import Tensor
 
-from worldline.checkpoint import load_config, read_json, resolve, to_json, write_json
+from worldline.checkpoint import changes, load_config, read_json, resolve, to_json, write_json
 from worldline.data import (
     FrameStore,
     LatentCache,
@@ -312,18 +312,6 @@ def _claim(out: Path, part: str, config: Any, identity: Sequence[str], made_from
         raise CheckpointError(f"{out}: an empty or new folder is required, it holds {held[:4]}. Choose another --out.")
     else:
         write_json(path, record)
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> list[str]:
-    """A line for each field that is another now, by its dotted name. Fields that `before` does not have are no change."""
-    lines: list[str] = []
-    for name, value in now.items():
-        was = before.get(name, value)
-        if isinstance(was, Mapping) and isinstance(value, Mapping):
-            lines += changes(was, value, within=f"{within}{name}.")
-        elif was != value:
-            lines.append(f"  {within}{name}: was {was!r}, is now {value!r}")
-    return lines
 
 
 def _held(out: Path) -> list[str]:

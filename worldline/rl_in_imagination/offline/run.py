@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldline.checkpoint import fingerprint, read_json, read_tensors, to_json, write_json, write_tensors
+from worldline.checkpoint import changes, fingerprint, read_json, read_tensors, to_json, write_json, write_tensors
 from worldline.data.trajectories import Trajectories
 from worldline.errors import CheckpointError, WorldlineError
 from worldline.policies.states import StatePolicies
@@ -223,13 +223,7 @@ class _State:
         self.folder, self.settings = folder, dict(settings)
         kept = folder / "settings.json"
         if kept.is_file():
-            before = read_json(kept)
-            changed = [
-                f"  {name}: required {before.get(name)!r}, got {value!r}"
-                for name, value in self.settings.items()
-                if before.get(name) != value
-            ]
-            if changed:
+            if changed := changes(read_json(kept), self.settings):
                 raise CheckpointError(
                     f"{folder.parent} holds a run with other settings:\n"
                     + "\n".join(changed)

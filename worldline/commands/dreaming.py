@@ -44,8 +44,11 @@ class Imagine(SamplingFlags):
     """
 
     world_model: Path
+    """Folder of a trained world model."""
     data: Path
+    """Dataset folder."""
     episode: int
+    """Its number in the dataset."""
     out: Path = Path("out.mp4")
     """Video file."""
     frames: int | None = None
@@ -66,6 +69,7 @@ class Imagine(SamplingFlags):
     clip_actions: bool = False
     """Clip recorded actions that are out of their range, instead of refusing them."""
     seed: int = 0
+    """Of the solver's noise."""
 
     def __post_init__(self) -> None:
         _at_least(self, frames=2, solver_steps=1)
@@ -146,11 +150,13 @@ class Evaluate(SamplingFlags):
     """
 
     world_model: Path
+    """Folder of a trained world model."""
     data: tuple[Path, ...]
     """Dataset folders; the episodes of several are numbered through."""
     out: Path
     """Folder for report.json and report.html."""
     split: Literal["held-out", "train", "all"] = "held-out"
+    """Which episodes; numbers about training episodes say little."""
     frames: int | None = None
     """Frames of each rollout, the given one included; the shortest episode by default. Shorter episodes are left out.
     106 or more measure drift at frame 100 in full."""
@@ -187,7 +193,9 @@ class Evaluate(SamplingFlags):
     videos: int = 6
     """Episodes shown in the report."""
     batch: int = 16
+    """Episodes imagined at a time: as many as memory holds."""
     seed: int = 0
+    """Of the solver's noise, and of which actions are shuffled."""
 
     def __post_init__(self) -> None:
         _at_least(self, frames=2, max_episodes=1, solver_steps=1, away=1, batch=1, videos=0, doubt_steps=0)

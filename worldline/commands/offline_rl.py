@@ -56,6 +56,7 @@ class OfflineRL:
     out: Path
     """Folder: a policy a seed, and report.html. A run that was interrupted goes on there, under the same --task and --episodes."""
     agent: Literal["td3bc", "iql"] = "td3bc"
+    """td3bc: a deterministic policy kept near the data's actions. iql: implicit Q-learning, a stochastic one."""
     trajectory_model: Path | None = None
     """Made by `worldline train trajectory`."""
     dynamics: Path | None = None
@@ -67,7 +68,9 @@ class OfflineRL:
     trajectories: int = 1024
     """Imagined for each seed, each time."""
     seeds: int = 8
+    """Trained at once, one policy each."""
     first_seed: int = 0
+    """Of them; the others count on from it."""
     td3bc: TD3BCConfig = field(default_factory=TD3BCConfig)
     iql: StateIQLConfig = field(default_factory=StateIQLConfig)
     reach_aware: bool = False

@@ -47,6 +47,7 @@ class PoliciesToRank:
     policies: tuple[str, ...] = ()
     """Three or more, as for `worldline rank`; of no lineage whose rollouts the world model learned from."""
     scorer: Path | None = None
+    """Who says what success is in the dream (worldline train scorer)."""
     truth: str | None = None
     """Simulator, for example metaworld/drawer-open-v3."""
     episodes: int = 50
@@ -54,6 +55,7 @@ class PoliciesToRank:
     horizon: int = 160
     """Control steps of a true rollout."""
     seed: int = 0
+    """Of the true starts and of the solver's noise."""
     processes: int | None = None
     """Simulator processes; one a core by default."""
 
@@ -88,6 +90,7 @@ class Posttrain:
     data: tuple[Path, ...]
     """Datasets whose training episodes give contexts and actions, and whose held-out ones the check."""
     out: Path
+    """Folder for the post-trained world model, its checks and the report."""
     rl: PosttrainSettings = field(default_factory=PosttrainSettings)
     override_audit: bool = False
     """Use inverse models that failed their audit, or passed it with laxer thresholds or another tokenizer than the world model's. The report

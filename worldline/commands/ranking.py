@@ -59,7 +59,9 @@ class Rank(SamplingFlags):
     """
 
     world_model: Path
+    """In whose dream they are ranked."""
     scorer: Path
+    """Who says what success is there (worldline train scorer)."""
     policies: tuple[str, ...]
     """Policy folders, module:function, ws://host:port; behind any '@noise=0.5,lag=4' corrupts it, '@best=8,scorer=runs/success,dream=runs/wm'
     has it try 8 chunks in that dream and send the best."""
@@ -90,10 +92,11 @@ class Rank(SamplingFlags):
     """True rollouts a policy of the very actions it took in imagination. Where simulator and dream say the same of them, what
     is wrong is what the policy saw; where they do not, what actions lead to, or the scorer. Needs --truth."""
     against: Path | None = None
-    """Report folder of another ranking of the same policies with the same --truth, --episodes and --seed, by another world model: the report
-    says which of the two ranks better."""
+    """Report folder of a ranking by another world model, else alike (--policies, --truth, --episodes, --seed): which of the two ranks better?"""
     seed: int = 0
+    """Of true starts and of the solver's noise."""
     batch: int = 50
+    """Rollouts imagined at a time: as many as memory holds."""
     processes: int | None = None
     """Simulator processes; one a core by default."""
     videos: int = 2

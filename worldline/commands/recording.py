@@ -30,6 +30,7 @@ class Record:
     out: Path
     """Folder for the dataset. A recording that was interrupted goes on there."""
     episodes: int = 200
+    """To record."""
     policy: str | None = None
     """mixed (experts, perturbed experts, random, play), perturbed (mixed without experts, random and play), contact (between success and failure), one of their causes (docs/data.md lists them), a policy folder, module:function, ws://host:port.
     arm/reach, arm/place: mixed, expert, wrong_object, freeze, play, random. arm/revisit: mixed, revisit (--horizon 280), play, random.
@@ -39,6 +40,7 @@ class Record:
     size: int = 64
     """Height and width of the frames: pixels, even, at least 8."""
     seed: int = 0
+    """Each episode starts from a seed of its own, made of this and its number."""
     horizon: int = 160
     """Control steps of an episode."""
     control_steps: int = 4

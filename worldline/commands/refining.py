@@ -48,10 +48,13 @@ class Refine(SamplingFlags):
     policy: Path
     """A policy folder: bc and discrete ones learn themselves, a diffusion or unified video-action policy is steered by its noise."""
     world_model: Path
+    """The frozen world model in which it is refined."""
     scorer: Path
+    """Whose success is the reward (worldline train scorer)."""
     data: tuple[Path, ...]
     """Datasets with the real first frames; those with success labels also set the threshold."""
     out: Path
+    """Folder for the refined policy, its checks and the report."""
     rl: RefineSettings = field(default_factory=RefineSettings)
     threshold: float | None = None
     """Success probability that counts as success in the dream; by default chosen on imagined replays of held-out episodes."""

@@ -43,7 +43,9 @@ class Synthesize(SamplingFlags):
     policies: tuple[str, ...]
     """Policies that take turns; '@noise=0.3' behind one makes it try other things."""
     world_model: Path
+    """In which episodes are imagined."""
     scorer: Path
+    """Who says which of them succeed (worldline train scorer)."""
     data: tuple[Path, ...]
     """Datasets whose training episodes give the first frames, and whose labelled held-out ones set the threshold."""
     out: Path
@@ -58,7 +60,9 @@ class Synthesize(SamplingFlags):
     override_audit: bool = False
     """Use a scorer that failed its audit. The report says so."""
     seed: int = 0
+    """Of starts and of the solver's noise."""
     batch: int = 32
+    """Episodes imagined at a time: as many as memory holds."""
 
     def __post_init__(self) -> None:
         if not self.policies:

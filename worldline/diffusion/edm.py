@@ -81,9 +81,9 @@ class LogNormalSigmas:
     """
 
     log_mean: float = 0.3  # EDM's and DIAMOND's numbers are for data of standard deviation 0.5, these for 1
-    log_std: float = 1.2
-    low: float = 0.004
-    high: float = 10.0
+    log_std: float = 1.2  # standard deviation of ln sigma
+    low: float = 0.004  # least sigma
+    high: float = 10.0  # largest sigma
     pure: float = 0.0  # share at exactly `high`
     even: float = 0.0  # share with ln sigma uniform: where `high` is far out, the normal's tail shows next to nothing on the way there
 

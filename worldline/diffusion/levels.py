@@ -20,8 +20,8 @@ class LevelDistribution:
 
     clean: float = 0.0  # probability of exactly 0
     pure: float = 0.0  # probability of exactly 1
-    low: float = 0.0
-    high: float = 1.0
+    low: float = 0.0  # least of the other levels, which are drawn evenly
+    high: float = 1.0  # largest of them
 
     def __post_init__(self) -> None:
         if not (self.clean >= 0 and self.pure >= 0 and self.clean + self.pure <= 1):

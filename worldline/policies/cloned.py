@@ -31,12 +31,18 @@ class PolicyConfig:
     mean. `bins`: of each action dimension of a discretised one."""
 
     kind: Literal["bc", "discrete", "diffusion"] = "bc"
+    """Set by --kind."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     hidden: int = 256
+    """Width of the layers behind the eyes."""
     chunk: int = 8
+    """Actions, at control rate, decided on at a time."""
     sample: bool = False
+    """Gaussian and discrete policies act by a sample, not by the mean."""
     solver_steps: int = 4
+    """Denoising steps of a diffusion policy's chunk."""
     bins: int = 21
+    """Of each action dimension (discrete)."""
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.solver_steps < 1:

@@ -21,9 +21,13 @@ class EncoderConfig:
     """`window` frames of each camera are stacked as channels; `shift` pixels of random shift in training."""
 
     channels: tuple[int, ...] = (24, 48, 48)
+    """Of the convolutions, each of which halves the picture; multiples of 8."""
     features: int = 128
+    """Numbers that a camera is summed up in."""
     window: int = 1
+    """Frames seen at once."""
     shift: int = 4
+    """Pixels of random shift in training."""
     size: int = 64  # larger frames are area-averaged to at most this many pixels a side
 
     def __post_init__(self) -> None:

@@ -88,6 +88,7 @@ class GRPOConfig:
     lora_rank: int = 0
     """Of adapters on the matrices of the transformer's blocks, which are then all that learns (needs peft); 0: all weights but the guesses'."""
     max_norm: float = 1.0
+    """Largest gradient norm."""
     max_kl: float = 0.2
     """Nats a number and solver step from the pretrained model at which training stops with an error. Far below this pictures suffer: at 0.5 a toy
     world's were ruined."""

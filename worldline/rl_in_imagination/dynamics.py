@@ -35,8 +35,11 @@ class DynamicsConfig:
     """Members and width of the ensemble."""
 
     members: int = 5
+    """Networks of the ensemble; a step is that of one drawn at random."""
     hidden: tuple[int, ...] = (200, 200, 200)
+    """Widths of their layers."""
     seed: int = 0
+    """Of their first weights."""
 
     def __post_init__(self) -> None:
         if self.members < 1 or not self.hidden or min(self.hidden) < 1:

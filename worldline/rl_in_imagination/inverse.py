@@ -51,6 +51,7 @@ class InverseConfig:
     shift: int = 2
     """Pixels of random shift in training, all frames of a window alike."""
     hidden: int = 256
+    """Width of the layers behind the eyes."""
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(shift=0))
     tokens: TokenConfig = field(default_factory=TokenConfig)
 

@@ -20,13 +20,18 @@ from worldline.worldmodels.layers import cut
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenConfig:
-    """Of `DifferenceReader`: `patch` x `patch` pixels a token, after larger frames were averaged to at most `size` a side."""
+    """Attention over patches of frame differences."""
 
     width: int = 96
+    """Numbers of a token."""
     depth: int = 3
+    """Layers of attention."""
     heads: int = 4
+    """Of attention; they divide the width."""
     patch: int = 8
+    """Pixels along one side of a token: 2, 4 or 8."""
     size: int = 64
+    """Larger frames are averaged to at most this many pixels a side."""
 
     def __post_init__(self) -> None:
         if self.patch not in (2, 4, 8):

@@ -32,9 +32,11 @@ class PPOConfig:
     """How decisions become updates. Discounts are per decision."""
 
     algorithm: Literal["ppo", "grpo"] = "ppo"
+    """ppo: a critic says what a decision was worth. grpo: other rows that began alike do."""
     group: int = 8
     """Rows that begin alike (grpo)."""
     discount: float = 0.97
+    """Of later rewards, a decision."""
     smoothing: float = 0.95
     """Lambda of the generalised advantage estimate (ppo)."""
     clip: float = 0.2
@@ -47,8 +49,11 @@ class PPOConfig:
     epochs: int = 4
     """Passes over the decisions of an iteration."""
     minibatch: int = 128
+    """Decisions of a gradient step."""
     lr: float = 3e-5
+    """Learning rate of the policy."""
     critic_lr: float = 5e-4
+    """Learning rate of the critic."""
     max_norm: float = 0.5
     """Largest gradient norm."""
     target_kl: float = 0.05

@@ -27,11 +27,17 @@ class SuccessConfig:
 
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(window=2, channels=(16, 32, 32)))
     hidden: int = 128
+    """Width of the layers behind the eyes."""
     text: str = "none"
+    """The instruction's encoder, for data in which the sentence says what success is: none, hashed, or the name of a text model of transformers."""
     scale: float = 1.0
+    """Of the logit; set by calibration."""
     offset: float = 0.0
+    """Of the logit; set by calibration."""
     threshold: float = 0.5
+    """Probability that counts as done."""
     persist: int = 2
+    """Frames in a row that success must hold."""
 
     def __post_init__(self) -> None:
         if self.persist < 1 or self.hidden < 1:

@@ -32,10 +32,15 @@ class AutoencoderConfig:
     """
 
     family: Literal["tiny", "kl"] = "kl"
+    """diffusers' class: kl (AutoencoderKL) or tiny (AutoencoderTiny)."""
     blocks: tuple[int, ...] = (32, 48, 48)
+    """Channels from full resolution down; each next one is half as high and wide."""
     fold: int = 2
+    """Squares of so many pixels become channels first: 2 doubles the frames/s, 4 makes it five times as many."""
     latent_channels: int = 8
+    """Numbers of a latent cell."""
     kl_weight: float = 1e-6
+    """Of the divergence that keeps latents near a normal distribution."""
 
     def __post_init__(self) -> None:
         if self.fold < 1 or self.latent_channels < 1:

@@ -54,6 +54,7 @@ class LoopConfig:
     muon_lr: float = 4e-3
     """Learning rate of Muon's matrices, scaled to AdamW's size of update."""
     weight_decay: float = 0.01
+    """Of AdamW and Muon."""
     warmup: int = 50
     """Steps over which the learning rate rises from 0."""
     cooldown: float = 0.3

@@ -42,9 +42,11 @@ class PosttrainSettings:
     """How long, and how it is watched."""
 
     iterations: int = 60
+    """Of dreaming and learning."""
     check_every: int = 10
     """Iterations between checks on held-out clips."""
     check_clips: int = 48
+    """Held-out clips of a check."""
     patience: int = 3
     """Checks without an improvement after which it stops."""
     worst_psnr: float = 0.3
@@ -60,6 +62,7 @@ class PosttrainSettings:
     confirmed: float = 0.25
     """Share of such a rise that the judge must have gained too; with less the reward counts as hacked."""
     seed: int = 0
+    """Of contexts, dreams and updates."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:

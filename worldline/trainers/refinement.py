@@ -49,6 +49,7 @@ class RefineSettings:
     """How long, from where, and how it is watched."""
 
     iterations: int = 40
+    """Of dreaming and learning."""
     rows: int = 32
     """Episodes imagined side by side."""
     frames: int = 41
@@ -62,9 +63,11 @@ class RefineSettings:
     check_every: int = 5
     """Iterations between checks on held-out first frames."""
     check_episodes: int = 64
+    """Episodes of a check."""
     patience: int = 3
     """Checks without an improvement after which refinement stops."""
     seed: int = 0
+    """Of starts, dreams and updates."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:

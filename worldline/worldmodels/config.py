@@ -19,7 +19,7 @@ class AutoregressiveConfig:
     target: LevelDistribution = field(default_factory=lambda: LevelDistribution(pure=0.5, low=0.02))
     max_weight: float = 4.0  # cap of the loss weight 1/level^2
     pose_weight: float = 30.0  # a frame changes a normalised pose by about 0.1: squared, little beside the latents
-    own_history: float = 0.0  # share of batches whose history is what the network itself imagines (`training`)
+    own_history: float = 0.0  # share of batches whose history is what the network itself imagines
     own_rounds: int = 2  # so many frames of its own errors at the most
     action_dropout: float = 0.0  # share of targets that are not told their action: what guidance compares with
     # share of clips of which no action is known at all: what a dream by the instruction alone asks for
@@ -29,7 +29,7 @@ class AutoregressiveConfig:
     camera_noise: float = 0.0
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
     balance_weight: float = 0.01  # of the experts' load-balancing loss
-    # how experts are chosen: learned, shuffled, uniform, fixed, or an embodiment's name: as for that one (`experts`)
+    # how experts are chosen: learned, shuffled, uniform, fixed, or an embodiment's name: as for that one
     router: str = "learned"
     solver_steps: int = 1  # of a frame, in sampling; 1: what may be expected
     history_level: float = 0.0  # level given to finished frames when they become history in sampling

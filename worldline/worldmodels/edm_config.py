@@ -16,22 +16,22 @@ from worldline.diffusion import EDMPath, LogNormalSigmas, edm_levels
 class EDMConfig:
     """Sizes, the noise of training, and how sampling is done. Sigmas are in units of the whitened (or scaled) values."""
 
-    block_out_channels: tuple[int, ...] = (
-        48,
-        96,
-    )  # of the U-Net's levels, each half as high and wide as the one before
-    layers_per_block: int = 1
+    block_out_channels: tuple[int, ...] = (48, 96)
+    """Of the U-Net's levels, each half as high and wide as the one before."""
+    layers_per_block: int = 1  # residual blocks at a level
     attended: int = 1  # so many of the lowest levels attend over all places; the middle always does
     head_width: int = 8  # channels of an attention head
-    norm_groups: int = 8
+    norm_groups: int = 8  # of channels that are normalised together; it divides them all
     pose_width: int = 128  # of the network that foretells poses
     history: int = 4  # frames
     action_encoding: Literal["plain", "two-hot"] = "two-hot"
+    """two-hot: weights of two neighbouring bins (World4RL). plain: normalised numbers."""
     bins: int = 21  # of each action dimension, with two-hot
     target: Literal["frame", "change"] = "change"
-    sigma_data: float = 1.0
+    """What is denoised: the next frame, or how it differs from the one before."""
+    sigma_data: float = 1.0  # standard deviation of what is denoised
     sigmas: LogNormalSigmas = field(default_factory=LogNormalSigmas)
-    rho: float = 7.0
+    rho: float = 7.0  # how much of the solver's steps lies at small noise (EDM's rho)
     # largest standard deviation of noise on a clip's history in training, drawn evenly from 0, told to nobody; dreams use none
     history_noise: float = 0.0
     pose_weight: float = 30.0  # a frame changes a normalised pose by about 0.1: squared, little beside the latents

@@ -39,12 +39,12 @@ from worldline.worldmodels.ports import Body, FrameBatch, Port
 class TransformerConfig:
     """Sizes of the network. `window` counts frames, the current one included."""
 
-    width: int = 192
+    width: int = 192  # numbers of a token
     depth: int = 6  # blocks of (space attention, time attention, MLP)
-    heads: int = 6
-    window: int = 8
+    heads: int = 6  # of attention; width is heads times an even number
+    window: int = 8  # frames that it sees, the current one included
     patch: int = 2  # latent cells along one side of a token
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # width of the MLPs, in widths of a token
     guess_width: int = 256  # of the dense networks that guess the pose, and each view from the others; 0: none
     aim: bool = True  # the guessed pose knows to where commands have added up, where they say how far to go
     actions: bool = True  # False: the action-free predictor, a baseline that every world model must beat

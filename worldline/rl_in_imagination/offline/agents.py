@@ -34,22 +34,27 @@ class TD3BCConfig:
     """As published, but for the last three, which `reach_aware` sets."""
 
     hidden: tuple[int, ...] = (256, 256)
+    """Widths of the layers of actor and critics."""
     discount: float = 0.99
+    """Of later rewards, a step."""
     alpha: float | None = 2.5
     """Weight of Q, brought to a mean size of 1, against the squared distance from the data's action; None: Q alone (plain TD3)."""
     actor_lr: float = 3e-4
+    """Learning rate of the policy."""
     critic_lr: float = 3e-4
+    """Learning rate of the critics."""
     polyak: float = 0.005
     """Share by which targets follow, at every update of the policy."""
     noise: float = 0.2
     """Standard deviation of what smooths the target's action, in unit coordinates."""
     noise_clip: float = 0.5
+    """Most of that smoothing noise."""
     delay: int = 2
     """Critic updates for one of the policy and the targets."""
     critics: int = 2
     """K: the least of them is learned from."""
     diversity: float = 0.0
-    """Weight of `reach.likeness` in the critics' loss (EDAC's eta)."""
+    """Weight, in the critics' loss, of how alike their slopes along the action are (EDAC's eta)."""
     maximise: Literal["first", "least"] = "first"
     """What the policy maximises: critic 0 as published, or the least of all."""
 
@@ -71,16 +76,23 @@ class StateIQLConfig:
     """As published for locomotion."""
 
     hidden: tuple[int, ...] = (256, 256)
+    """Widths of the layers of policy, critics and value."""
     kind: Literal["gaussian", "tanh-gaussian"] = "gaussian"
+    """The policy's distribution."""
     discount: float = 0.99
+    """Of later rewards, a step."""
     expectile: float = 0.7
+    """Of the critics' values that the value follows: 0.5 their mean, towards 1 their best."""
     temperature: float = 3.0
     """Factor of the advantage in a weight's exponent (the paper's beta)."""
     max_weight: float = 100.0
+    """Most that a step weighs in cloning."""
     lr: float = 3e-4
+    """Learning rate of all networks."""
     decay: bool = True
     """The policy's learning rate falls to 0 along a cosine over the whole run."""
     polyak: float = 0.005
+    """Share by which the critics' targets follow, at every update."""
     critics: int = 2
     """K: the least of them is what the value follows."""
 

@@ -41,7 +41,9 @@ class OfflineConfig:
     """The length and the bookkeeping of a training, and the data's part in it. Batches as policy-guided diffusion has them (2404.06356)."""
 
     updates: int = 100_000
+    """Of every seed's agent."""
     batch_size: int = 256
+    """Rows of an update, for each seed."""
     synthetic: int = 240
     """Rows of a batch that are synthetic, where there is a synthesiser."""
     synthesise_every: int = 10_000
@@ -55,7 +57,7 @@ class OfflineConfig:
     rewards: Literal["raw", "return-range"] = "raw"
     """raw: as they are (TD3+BC). return-range: times the longest episode's steps over the range of returns (IQL)."""
     temperature: float | None = None
-    """Of the weights of good episodes among the data given (`episode_weights`), imagined ones among themselves; None: all steps alike."""
+    """Of the weights of good episodes among the data given, imagined ones among themselves; None: all steps alike."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "batch_size", "synthesise_every", "evaluate_every", "save_every", "log_every"):

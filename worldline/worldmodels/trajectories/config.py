@@ -16,6 +16,7 @@ class TrajectorySolver:
     """How trajectories are denoised. The paper's: 256 steps of Heun (511 evaluations), churn 80."""
 
     steps: int = 32
+    """From the largest noise to none."""
     heun: bool = False
     """Correct each step by the slope at its end: twice the evaluations."""
     churn: float = 0.0
@@ -78,12 +79,15 @@ class TrajectoryConfig:
     """
 
     network: Literal["unet", "transformer"] = "unet"
+    """unet: convolutions along time, as published. transformer: attention over steps."""
     length: int = 32
     """Steps of a trajectory, 8 to 64; a multiple of 2^(depth - 1) for a U-Net."""
     width: int = 64
+    """Channels of the first resolution (unet), or of a token (transformer)."""
     depth: int = 3
     """unet: resolutions, each of half the steps and twice the width of the one before. transformer: layers."""
     heads: int = 4
+    """Of attention (transformer)."""
     sigmas: LogNormalSigmas = field(
         default_factory=lambda: LogNormalSigmas(log_mean=-1.2, log_std=1.2, low=0.002, high=80.0, pure=0.02, even=0.18)
     )
@@ -95,6 +99,7 @@ class TrajectoryConfig:
     """read: by a network of its own off each sampled transition (not in the paper): a diffused reward is blurred where the true one jumps, as at
     the edge of a goal, and policies are paid for passing by. diffused: a number of the step like any other (the paper's)."""
     rho: float = 7.0
+    """How much of the solver's steps lies at small noise (EDM's rho)."""
     solver: TrajectorySolver = field(default_factory=TrajectorySolver)
 
     def __post_init__(self) -> None:

@@ -27,12 +27,12 @@ def still_masked(rounds: int, done: int | None = None) -> float:
 class TrunkConfig:
     """Sizes of the transformer over all tokens."""
 
-    width: int = 192
-    depth: int = 6
-    heads: int = 6
+    width: int = 192  # numbers of a token
+    depth: int = 6  # layers
+    heads: int = 6  # of attention; they divide the width
     patch: int = 2  # latent cells along one side of a token
-    mlp_ratio: float = 4.0
-    registers: int = 8  # tokens that stand for nothing (UWM: .88 with 8, .78 without)
+    mlp_ratio: float = 4.0  # width of the MLPs, in widths of a token
+    registers: int = 8  # tokens that stand for nothing and gather what concerns all (UWM's policies succeed in .88 with 8, in .78 without)
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -48,6 +48,7 @@ class VideoActionConfig:
     Action, 2503.00200)."""
 
     design: Literal["uwm", "uva"] = "uwm"
+    """uwm: frames and actions are denoised in the trunk. uva: a joint latent, and light heads that denoise from it."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     history: int = 2  # frames seen, the current one included
     horizon: int = 4  # coming frames, and action blocks that lead to them
@@ -60,23 +61,24 @@ class VideoActionConfig:
     # other clean, noisy and gone
     frame_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.05, pure=0.85, low=0.02))
     action_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.1, pure=0.5, low=0.02))
+    # noise on the known frames, in training
     history_levels: LevelDistribution = field(default_factory=lambda: LevelDistribution(clean=0.5, high=0.3))
     max_weight: float = 1.0  # cap of the loss weight 1/level^2
-    pose_weight: float = 2.0
-    action_weight: float = 0.3
+    pose_weight: float = 2.0  # of the poses in the loss
+    action_weight: float = 0.3  # of the actions in the loss
     guess_width: int = 256  # of the dense network that guesses where given blocks take the arm; 0: none
     aim: bool = True  # it knows to where commands have added up, where they say how far to go
     text: str = "none"  # the instruction's encoder: none, hashed, or the name of a text model of transformers
     # uva
     masked: tuple[float, float] = (0.7, 1.0)  # of the coming frames' places, so much is masked in training
-    head_width: int = 256
-    head_depth: int = 3
+    head_width: int = 256  # width of the heads
+    head_depth: int = 3  # layers of the heads
     head_draws: int = 4  # levels at which a token is asked for, for one pass of the trunk
     # sampling
     solver_steps: int = 1  # where frames alone are asked for, as in a dream, or blocks that given frames explain; 1: what may be expected
     action_steps: int = 4  # where it decides on blocks
     chunk: int = 1  # frames that `imagine` makes at a time
-    span: int = 0  # frames imagined one at a time from the same known frame (`state`); 0: the horizon
+    span: int = 0  # frames imagined one at a time from the same known frame; 0: the horizon
     decode_rounds: int = 1  # uva: passes in which the places of a video are filled in
     warm_level: float = 1.0  # uwm, uva: where denoising of a chunk begins if there is a plan from before; 1: afresh
     execute: int = 0  # blocks of a chunk that a policy hands out before it is asked again; 0: all

@@ -32,7 +32,7 @@ VERBS = {
     "label": "recover the actions of video without any, as a new dataset",
     "show": "print what a checkpoint is and how it was made",
 }
-KEEPING = ("record", "train", "rank", "refine", "synthesize", "posttrain", "offline-rl")  # what they have made so far
+KEEPING = ("record", "train", "rank", "refine", "synthesize", "posttrain", "offline-rl", "label")  # what they have made
 STAGES = {
     "tokenizer": "frames to latents and back",
     "world-model": "the autoregressive denoiser",
@@ -78,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"worldline: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(
-            "worldline: interrupted" + ("; the same command goes on from there" * (args[0] in KEEPING)), file=sys.stderr
-        )
+        goes_on = "; the same command goes on from there" if args[0] in KEEPING else ""
+        print(f"worldline: interrupted{goes_on}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

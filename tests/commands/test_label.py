@@ -98,7 +98,7 @@ def test_what_cannot_be_labelled_is_named(idm: Path, video: Path, lab: Lab, worl
         said.code == 2 and "control_steps: required 2, got 4" in said.err and "fps: required 10.0, got 5.0" in said.err
     )
     said = worldline("label", video, "--inverse", lab.scorer, "--out", out)
-    assert said.code == 2 and "a inverse is required here, this is a scorer" in said.err
+    assert said.code == 2 and "an inverse is required here, this is a scorer" in said.err
     assert not out.exists()
     said = worldline("train", "inverse", "--data", video, "--out", out, *SMALL)
     assert said.code == 2 and "are video alone" in said.err and not out.exists()

@@ -70,7 +70,7 @@ def test_a_muon_step_turns_every_direction_alike(model):
 
 def test_muon_asks_for_a_model_that_names_its_matrices(tmp_path):
     config = LoopConfig(steps=2, optimizer="muon")
-    with pytest.raises(ValueError, match=r"hidden_matrices\(\), got Sequential: use adamw"):
+    with pytest.raises(ValueError, match=r"hidden_matrices\), got Sequential: use adamw"):
         train(ToyStage(), config, tmp_path / "run", provenance={}, progress=False)
     with pytest.raises(ValueError, match="not made for mixed_precision fp16"):
         LoopConfig(optimizer="muon", mixed_precision="fp16")

@@ -69,7 +69,8 @@ class GRPOConfig:
     """Fresh noise of a solver step; 1: ancestral sampling."""
     explore: float = 0.0
     """Standard deviation of the offset, the same for all its blocks, of the commands that a row dreams under, in half ranges of the action. 0: only
-    the sampler's noise sets rows apart (published). Autoregressive models only."""
+    the sampler's noise sets rows apart (published). Learned faster in a toy world, did harm on Meta-World (docs/results.md). Autoregressive
+    models only."""
     credit: Literal["dream", "frame"] = "frame"
     """dream: every frame gets the advantage of the whole dream's mean reward (published). frame: that of the rewards for which it was looked at,
     and of those after it."""

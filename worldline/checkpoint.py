@@ -285,10 +285,13 @@ def push_to_hub(folder: str | Path, repo: str, *, private: bool = False) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, within: str = "") -> list[str]:
-    """A line for each field that is another now, by its dotted name. Fields that `before` does not have are no change."""
+    """A line for each setting that is another now, by its dotted name.
+
+    A setting that `before` does not have at all is no change (older runs do not say everything); within one, every field counts.
+    """
     lines: list[str] = []
-    for name, value in now.items():
-        was = before.get(name, value)
+    for name in {**before, **now} if within else now:
+        was, value = (x.get(name, "not set" if within else now[name]) for x in (before, now))
         if isinstance(was, Mapping) and isinstance(value, Mapping):
             lines += changes(was, value, within=f"{within}{name}.")
         elif was != value:

@@ -155,6 +155,8 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     run(out=tmp_path)
     with pytest.raises(CheckpointError, match=r"other settings:\n  agent\.alpha: was 2\.5, is now 1\.0\n"):
         run(replace(TD3, alpha=1.0), out=tmp_path)
+    with pytest.raises(CheckpointError, match=r"agent\.expectile: was 'not set', is now 0\.7\n"):
+        run(IQL, out=tmp_path)
     with pytest.raises(CheckpointError, match=r"seeds: was \[4, 11\], is now \[4, 12\]"):
         run(seeds=(4, 12), out=tmp_path)
     real = record(10, 0)

@@ -225,7 +225,7 @@ class _State:
         self.folder, self.settings = folder, dict(settings)
         kept = folder / "settings.json"
         if kept.is_file():
-            if changed := changes(read_json(kept), self.settings):
+            if changed := changes(dict.fromkeys(self.settings) | read_json(kept), self.settings):
                 raise CheckpointError(
                     f"{folder.parent} holds a run with other settings:\n"
                     + "\n".join(changed)

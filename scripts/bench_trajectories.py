@@ -18,6 +18,7 @@ import torch
 import tyro
 from result_tables import row, table
 
+from worldline.errors import WorldlineError
 from worldline.eval.intervals import bootstrap_distribution
 from worldline.eval.trajectories import step_errors
 from worldline.sim.control import make_control
@@ -75,16 +76,21 @@ def main(config: BenchTrajectories) -> None:
     rows, numbers = [], []
     for solver in solvers(config):
         own, seeds, took = model.with_solver(solver), torch.arange(config.batch), []
-        for i in range(3):
-            start = time.perf_counter()
-            made = own.generate(seeds + i * config.batch, batch=config.batch)
-            took.append(time.perf_counter() - start)
+        kind = ("Heun" if solver.heun else "Euler") + (f", churn {solver.churn:g}" if solver.churn else "")
+        try:
+            for i in range(3):
+                start = time.perf_counter()
+                made = own.generate(seeds + i * config.batch, batch=config.batch)
+                took.append(time.perf_counter() - start)
+        except WorldlineError as error:  # samples far from the data
+            print(f"{kind}, {solver.steps} steps: {error}", flush=True)
+            rows.append(row(kind, solver.steps, solver.evaluations, "–", "diverges", "–"))
+            continue
         errors = step_errors(task, made, real, most=10**9, clipped=config.clipped)
         each = errors.observation.numpy()
         squares = np.sqrt(np.square(each).mean())
         low, high = squares_interval(each, errors.episode.numpy())
         speed = config.batch / statistics.median(took)
-        kind = ("Heun" if solver.heun else "Euler") + (f", churn {solver.churn:g}" if solver.churn else "")
         rows.append(
             row(
                 kind,

@@ -85,6 +85,7 @@ def main(config: BenchTrajectories) -> None:
         except WorldlineError as error:  # samples far from the data
             print(f"{kind}, {solver.steps} steps: {error}", flush=True)
             rows.append(row(kind, solver.steps, solver.evaluations, "–", "diverges", "–"))
+            numbers.append({"solver": kind, "steps": solver.steps, "evaluations": solver.evaluations, "diverges": str(error)})  # fmt: skip
             continue
         errors = step_errors(task, made, real, most=10**9, clipped=config.clipped)
         each = errors.observation.numpy()

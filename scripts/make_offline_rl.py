@@ -247,13 +247,14 @@ def plot(config: MakeOfflineRL, found: dict[str, list[dict[str, Any]]]) -> None:
         above.set(
             title=name, xlabel="median error of a step (stds)", ylabel="log-likelihood under the policy", xscale="log"
         )
+        above.margins(x=0.1)
         above.legend(frameon=False, fontsize=8)
         for r in rows:
             if r["by_step"]:
                 label = r["source"] + (f" {r['coefficient']:g}" if r["coefficient"] is not None else "")
                 below.plot(*zip(*r["by_step"]), label=label)
         below.set(xlabel="step of the trajectory", ylabel="median error of a step (stds)", yscale="log")
-        below.legend(frameon=False, fontsize=8)
+        below.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     figure.savefig(config.out / "guidance.png", dpi=110)
 
 

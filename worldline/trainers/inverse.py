@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from worldline.checkpoint import load_config, resolve, to_json
+from worldline.checkpoint import best_device, load_config, resolve, to_json
 from worldline.data import RobustNormalizer
 from worldline.errors import DatasetError, WorldlineError
 from worldline.rl_in_imagination.inverse import InverseConfig, InverseModel
@@ -213,7 +213,7 @@ def _choose(selections: Sequence[Selection], half: str) -> list[Selection]:
 def run(config: TrainInverse, *, progress: bool = True) -> Path:
     """Train, calibrate, audit and save. Returns the checkpoint folder."""
     settings = config.model
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer).to(best_device()) if config.tokenizer else None
     options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
     training = _choose(open_datasets(config.data, "train", **options), config.half)
     held_out = open_datasets(config.data, "held-out", **options)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from worldline.checkpoint import best_device
 from worldline.data import LeRobotDataset, RobustNormalizer
 from worldline.errors import DatasetError
 from worldline.eval.probes import Probe, ProbeConfig
@@ -145,7 +146,7 @@ def _target(config: TrainProbe, dataset: LeRobotDataset):
 
 def run(config: TrainProbe, *, progress: bool = True) -> Path:
     """Train and save. Returns the checkpoint folder."""
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer).to(best_device()) if config.tokenizer else None
     options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
     training, held_out = (open_datasets(config.data, split, **options) for split in ("train", "held-out"))
     function, names, window = _target(config, training[0].dataset)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from worldline.checkpoint import best_device
 from worldline.errors import DatasetError
 from worldline.eval.calibration import platt, success_threshold
 from worldline.eval.replays import strided_success
@@ -250,7 +251,7 @@ def audit(scorer: SuccessScorer, held_out: Sequence[Selection]) -> dict[str, flo
 
 def run(config: TrainScorer, *, progress: bool = True) -> Path:
     """Train, calibrate, audit and save. Returns the checkpoint folder."""
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer).to(best_device()) if config.tokenizer else None
     options: dict[str, Any] = {"cameras": cameras_of(config.cameras, tokenizer), "stride": config.stride}
     training, held_out = (open_datasets(config.data, split, **options) for split in ("train", "held-out"))
     draw = SampleDraw(training, frame_labels(config.stride), window=config.scorer.encoder.window, balance=True)

@@ -313,8 +313,10 @@ def ranked(config: MakePosttraining, seed: int, made: dict[str, Path]) -> list[s
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def following(made: dict[str, Path], judges: dict[str, Path], replays: Replays, seed: int) -> list[str]:
-    """What the judge, and the reward model, read off each arm's dreams."""
+def following(
+    made: dict[str, Path], judges: dict[str, Path], replays: Replays, seed: int
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """What the judge, and the reward model, read off each arm's dreams; and the judge's word on each test episode."""
     said = {arm: agreement(folder, judges["judge"], replays) for arm, folder in made.items()}
     earned = {arm: agreement(folder, judges["reward"], replays).mean() for arm, folder in made.items()}
     ceiling = agreement(made["pretrained"], judges["judge"], replays, dreams=False)
@@ -325,6 +327,16 @@ def following(made: dict[str, Path], judges: dict[str, Path], replays: Replays, 
         cells = ["–" if arm == base else _paired(values, said[base]) for base in ("pretrained", "supervised")]
         rows.append(row(f"{arm}, {seed}", f"{values.mean():.3f}", *cells, closed, f"{earned[arm]:.3f}"))
     rows.append(row(f"real video through the tokenizer, {seed}", f"{ceiling.mean():.3f}", *["–"] * 4))
+    return rows, said
+
+
+def over_seeds(said: list[dict[str, np.ndarray]]) -> list[str]:
+    """The rows of all seeds together: each test episode by its mean over them."""
+    mean = {arm: np.mean([one[arm] for one in said], 0) for arm in ARMS}
+    rows = []
+    for arm, values in mean.items():
+        cells = ["–" if arm == base else _paired(values, mean[base]) for base in ("pretrained", "supervised")]
+        rows.append(row(f"{arm}, all {len(said)} seeds", f"{values.mean():.3f}", *cells, "–", "–"))
     return rows
 
 
@@ -375,14 +387,16 @@ def main(config: MakePosttraining) -> None:
     torch.set_num_threads(1)
     prepare(config)
     sections: dict[str, list[str]] = {"audit": [], "following": [], "pictures": [], "ranking": []}
-    paces, made_by = [], arms(config)
+    paces, said, made_by = [], [], arms(config)
     together(config.jobs, [partial(evaluated, config, folder) for made in made_by.values() for folder in made.values()])
     ranks = together(config.jobs, [partial(ranked, config, seed, made) for seed, made in made_by.items()])
     for seed, made in made_by.items():
         judges = inverses(config, seed)
         replays = tests_of(config, made["pretrained"])
         sections["audit"] += audits(judges, seed)
-        sections["following"] += following(made, judges, replays, seed)
+        rows, by_episode = following(made, judges, replays, seed)
+        sections["following"] += rows
+        said.append(by_episode)
         sections["pictures"] += pictures(config, made, seed)
         sections["ranking"] += ranks[seed]
         report = report_results(made["rlir"])
@@ -391,6 +405,8 @@ def main(config: MakePosttraining) -> None:
             f"Seed {seed}: {len(report['history'])} iterations of {took:.1f} CPU seconds; published: iteration {report['best_iteration']}; "
             f"stopped because {report['stopped']}."
         )
+    if len(said) > 1:
+        sections["following"] += over_seeds(said)
     heads = {
         "audit": "| inverse model, seed | R2 | skill on real clips | through the tokenizer | on the worst kind of spoiled clips | audit |",
         "following": "| world model, seed | judge | - pretrained | - supervised | gap closed | reward model |",

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,16 @@ def test_sizes_the_encoder_refuses_say_so(tmp_path: Path) -> None:
     spec = toy_spec(cameras=(CameraSpec(name="tiny", height=16, width=16),))
     with pytest.raises(DatasetError, match="codec 'nonsense' could not encode"):
         stage(DatasetWriter(tmp_path / "e", spec, codec="nonsense"), toy_episode(0, 4, spec))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="schedulers are asked for on Linux only")
+@pytest.mark.parametrize("size", [64, 16])
+def test_encoding_leaves_the_priority_of_the_process_as_it_was(size: int, tmp_path: Path) -> None:
+    """As root the encoder makes a real-time thread of the one that opens it, also where it then refuses the size."""
+    before = os.sched_getscheduler(0)
+    with suppress(DatasetError):
+        encode_video(tmp_path / "x.mp4", torch.zeros(4, 3, size, size, dtype=torch.uint8), fps=10.0)
+    assert {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")} == {before}
 
 
 def test_small_frames_and_h264(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ Decoding counts frames, because seeking late in a truncated file yields nothing 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -85,7 +86,7 @@ def _encode(path: Path, frames: Tensor, rate: Fraction, codec: str, crf: int, go
         options |= {"preset": "8", "svtav1-params": "lp=1"}
     else:
         options |= {"bf": "0", "threads": "1"}
-    with av.open(str(path), "w") as container:
+    with _usual_priority() as keep, av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
@@ -97,7 +98,33 @@ def _encode(path: Path, frames: Tensor, rate: Fraction, codec: str, crf: int, go
             frame = half.reformat(frame, format="yuv420p", interpolation="AREA")
             frame.pts, frame.time_base = index, 1 / rate
             container.mux(stream.encode(frame))
+            if index == 0:  # which has opened the encoder
+                keep()
         container.mux(stream.encode())
+
+
+@contextmanager
+def _usual_priority() -> Iterator[Callable[[], None]]:
+    """No thread of this process becomes a real-time one: on leaving, and whenever what is given is called.
+
+    As root SVT-AV1 makes one (SCHED_FIFO, 99) of the thread that opens it and of those it starts, for good: everything else on the machine
+    would then wait for this process, and for those that it starts later.
+    """
+    linux = hasattr(os, "sched_getscheduler")
+    before = os.sched_getscheduler(0) if linux else 0
+
+    def keep() -> None:
+        if not linux or before in (os.SCHED_FIFO, os.SCHED_RR):  # as was asked for
+            return
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                if os.sched_getscheduler(thread) == os.SCHED_FIFO:
+                    os.sched_setscheduler(thread, before, os.sched_param(0))
+
+    try:
+        yield keep
+    finally:
+        keep()
 
 
 def join_videos(paths: Sequence[Path], lengths: Sequence[int], target: Path, *, fps: float) -> None:

@@ -234,14 +234,14 @@ def tests_of(config: MakePosttraining, begun: Path) -> Replays:
 
 
 @torch.no_grad()
-def agreement(folder: Path, judge: Path, replays: Replays, *, dreams: bool = True) -> np.ndarray:
-    """The judge's agreement in each test episode, dreamt from its first frame, or as the tokenizer shows it."""
+def agreement(folder: Path, judges: dict[str, Path], replays: Replays, *, dreams: bool = True) -> dict[str, np.ndarray]:
+    """What each judge reads off each test episode, dreamt from its first frame, or as the tokenizer shows it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, seeing = load_world_model(folder)
-    reader = InverseModel.from_pretrained(judge)
-    for module in (model, seeing, reader):
+    readers = {name: InverseModel.from_pretrained(judge) for name, judge in judges.items()}
+    for module in (model, seeing, *readers.values()):
         module.to(device)  # pyright: ignore[reportAttributeAccessIssue]
-    found = []
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in readers}
     for rows in torch.arange(len(replays.poses)).split(20):
         clip = clip_of(replays, seeing, rows, device)
         latents = dict(clip.frames)
@@ -250,8 +250,10 @@ def agreement(folder: Path, judge: Path, replays: Replays, *, dreams: bool = Tru
             clip = replace(clip, actions=clip.actions[:, :count])
             _, made = model.imagine(model.observe(opening(clip)), clip.actions, seeds=rows + 7919)
             latents = {c: torch.cat([clip.frames[c][:, :1].to(z), z], 1) for c, z in made.latents.items()}
-        found.append(reader.agreement(seeing.decode(latents), clip.actions).mean(1).cpu())
-    return torch.cat(found).numpy()
+        frames = seeing.decode(latents)
+        for name, reader in readers.items():
+            found[name].append(reader.agreement(frames, clip.actions).mean(1).cpu())
+    return {name: torch.cat(each).numpy() for name, each in found.items()}
 
 
 def clip_of(replays: Replays, seeing: Tokenizer, rows: torch.Tensor, device: str) -> Clip:
@@ -317,9 +319,10 @@ def following(
     made: dict[str, Path], judges: dict[str, Path], replays: Replays, seed: int
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """What the judge, and the reward model, read off each arm's dreams; and the judge's word on each test episode."""
-    said = {arm: agreement(folder, judges["judge"], replays) for arm, folder in made.items()}
-    earned = {arm: agreement(folder, judges["reward"], replays).mean() for arm, folder in made.items()}
-    ceiling = agreement(made["pretrained"], judges["judge"], replays, dreams=False)
+    read = {arm: agreement(folder, judges, replays) for arm, folder in made.items()}
+    said = {arm: each["judge"] for arm, each in read.items()}
+    earned = {arm: each["reward"].mean() for arm, each in read.items()}
+    ceiling = agreement(made["pretrained"], judges, replays, dreams=False)["judge"]
     gap = ceiling.mean() - said["pretrained"].mean()
     rows = []
     for arm, values in said.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldline.checkpoint import read_json, write_json
+from worldline.checkpoint import best_device, read_json, write_json
 from worldline.data import DatasetWriter, FrameStore, LeRobotDataset
 from worldline.errors import DatasetError
 from worldline.rl_in_imagination.inverse import InverseModel
@@ -47,7 +47,7 @@ def run_label(config: Label, *, progress: bool = True) -> Path:
     actions, `WorldlineError` for a model that failed its audit.
     """
     failures = check_inverse(config.inverse, override=config.override_audit)
-    model = InverseModel.from_pretrained(config.inverse)
+    model = InverseModel.from_pretrained(config.inverse).to(best_device())
     dataset = LeRobotDataset(config.data)
     if observed := dataset.range_observed and dataset.spec.action.names == model.spec.action.names:
         dataset = dataset.with_range(model.spec.action.low, model.spec.action.high)  # of what it will be given

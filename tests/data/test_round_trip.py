@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pandas as pd
@@ -206,6 +207,27 @@ def test_encoding_leaves_the_priority_of_the_process_as_it_was(size: int, tmp_pa
     with suppress(DatasetError):
         encode_video(tmp_path / "x.mp4", torch.zeros(4, 3, size, size, dtype=torch.uint8), fps=10.0)
     assert {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")} == {before}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="schedulers are asked for on Linux only")
+def test_a_control_loop_stays_the_real_time_thread_that_it_is(tmp_path: Path) -> None:
+    begun, done, found = Event(), Event(), []
+
+    def control() -> None:
+        with suppress(PermissionError):  # which only root has
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        found.append(os.sched_getscheduler(0))
+        begun.set()
+        done.wait()
+        found.append(os.sched_getscheduler(0))
+
+    loop = Thread(target=control)
+    loop.start()
+    begun.wait()
+    encode_video(tmp_path / "x.mp4", torch.zeros(4, 3, 64, 64, dtype=torch.uint8), fps=10.0)
+    done.set()
+    loop.join()
+    assert found[0] == found[1]
 
 
 def test_small_frames_and_h264(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from worldline.errors import DatasetError
 
 os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings for every file unless told: errors only
+_TASKS = "/proc/self/task"
 BACK = 2  # frames that a window with something missing is first read from earlier
 CODEC_NAMES = {"libsvtav1": "av1", "libaom-av1": "av1", "libx264": "h264", "libx265": "hevc"}
 
@@ -111,20 +112,25 @@ def _usual_priority() -> Iterator[Callable[[], None]]:
     would then wait for this process, and for those that it starts later.
     """
     linux = hasattr(os, "sched_getscheduler")
-    before = os.sched_getscheduler(0) if linux else 0
+    before, others = (os.sched_getscheduler(0), _threads()) if linux else (0, set())
 
     def keep() -> None:
-        if not linux or before in (os.SCHED_FIFO, os.SCHED_RR):  # as was asked for
+        if not linux or os.sched_getscheduler(0) == before:
             return
-        for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setscheduler(0, before, os.sched_param(0))
+        for thread in _threads() - others:  # the encoder's; a control loop that was there may be a real-time one
             with suppress(ProcessLookupError):  # it has ended meanwhile
-                if os.sched_getscheduler(thread) == os.SCHED_FIFO:
-                    os.sched_setscheduler(thread, before, os.sched_param(0))
+                os.sched_setscheduler(thread, before, os.sched_param(0))
 
     try:
         yield keep
     finally:
         keep()
+
+
+def _threads() -> set[int]:
+    """Of this process, on Linux."""
+    return set(map(int, os.listdir(_TASKS))) if os.path.isdir(_TASKS) else set()
 
 
 def join_videos(paths: Sequence[Path], lengths: Sequence[int], target: Path, *, fps: float) -> None:

@@ -28,7 +28,7 @@ import tyro
 from result_tables import number, row, table
 from stages import kept, pace, record, seconds_a_step, together, train
 
-from worldline.checkpoint import load_config, to_json
+from worldline.checkpoint import best_device, load_config, to_json
 from worldline.commands.dreaming import Evaluate, run_eval
 from worldline.commands.outputs import report_results
 from worldline.commands.posttraining import Posttrain, run_posttrain
@@ -82,7 +82,7 @@ class MakePosttraining:
     one still frame, and its audit fails."""
     frames: int = 41
     batch_size: int | None = None
-    """Clips a step of the world models' trainings (None: the preset's 4, which buys more steps on a CPU; a GPU does 16 in the same time)."""
+    """Clips a step of the world models' trainings (None: the preset's, which is small because small batches buy more steps on a CPU)."""
     tokenizer_steps: int = 1500
     ranked: str | None = "drawer-open-v3"
     """The task whose policies are ranked (None: none)."""
@@ -236,7 +236,7 @@ def tests_of(config: MakePosttraining, begun: Path) -> Replays:
 @torch.no_grad()
 def agreement(folder: Path, judges: dict[str, Path], replays: Replays, *, dreams: bool = True) -> dict[str, np.ndarray]:
     """What each judge reads off each test episode, dreamt from its first frame, or as the tokenizer shows it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     model, seeing = load_world_model(folder)
     readers = {name: InverseModel.from_pretrained(judge) for name, judge in judges.items()}
     for module in (model, seeing, *readers.values()):

@@ -210,24 +210,33 @@ def test_encoding_leaves_the_priority_of_the_process_as_it_was(size: int, tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="schedulers are asked for on Linux only")
-def test_a_control_loop_stays_the_real_time_thread_that_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encodes", [False, True])
+def test_a_control_loop_stays_the_real_time_thread_that_it_is(encodes: bool, tmp_path: Path) -> None:
+    """Where another thread encodes, and where it does so itself. Says something as root alone, who may have such threads."""
     begun, done, found = Event(), Event(), []
 
-    def control() -> None:
-        with suppress(PermissionError):  # which only root has
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        found.append(os.sched_getscheduler(0))
-        begun.set()
-        done.wait()
-        found.append(os.sched_getscheduler(0))
+    def encode() -> None:
+        encode_video(tmp_path / "x.mp4", torch.zeros(4, 3, 64, 64, dtype=torch.uint8), fps=10.0)
 
-    loop = Thread(target=control)
+    def control() -> None:
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        found.append((os.sched_getscheduler(0), os.sched_getparam(0).sched_priority))
+        begun.set()
+        if encodes:
+            encode()
+        else:
+            done.wait()
+        found.append((os.sched_getscheduler(0), os.sched_getparam(0).sched_priority))
+
+    loop = Thread(target=control, daemon=True)
     loop.start()
     begun.wait()
-    encode_video(tmp_path / "x.mp4", torch.zeros(4, 3, 64, 64, dtype=torch.uint8), fps=10.0)
+    if not encodes:
+        encode()
     done.set()
     loop.join()
-    assert found[0] == found[1]
+    assert len(found) == 2 and found[0] == found[1]
 
 
 def test_small_frames_and_h264(tmp_path: Path) -> None:

@@ -106,26 +106,32 @@ def _encode(path: Path, frames: Tensor, rate: Fraction, codec: str, crf: int, go
 
 @contextmanager
 def _usual_priority() -> Iterator[Callable[[], None]]:
-    """No thread of this process becomes a real-time one: on leaving, and whenever what is given is called.
+    """Threads are scheduled as this one was: from when what is given is called, and on leaving.
 
     As root SVT-AV1 makes one (SCHED_FIFO, 99) of the thread that opens it and of those it starts, for good: everything else on the machine
     would then wait for this process, and for those that it starts later.
     """
     linux = hasattr(os, "sched_getscheduler")
-    before, others = (os.sched_getscheduler(0), _threads()) if linux else (0, set())
+    before, others = (_scheduling(), _threads()) if linux else (None, set())
 
     def keep() -> None:
-        if not linux or os.sched_getscheduler(0) == before:
+        if before is None or _scheduling() == before:
             return
-        os.sched_setscheduler(0, before, os.sched_param(0))
+        policy, priority = before
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
         for thread in _threads() - others:  # the encoder's; a control loop that was there may be a real-time one
             with suppress(ProcessLookupError):  # it has ended meanwhile
-                os.sched_setscheduler(thread, before, os.sched_param(0))
+                os.sched_setscheduler(thread, policy, os.sched_param(priority))
 
     try:
         yield keep
     finally:
         keep()
+
+
+def _scheduling() -> tuple[int, int]:
+    """Policy and priority of this thread, on Linux."""
+    return os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
 
 
 def _threads() -> set[int]:
